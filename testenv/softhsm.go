@@ -1,0 +1,115 @@
+package testenv
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+)
+
+// Token is a fresh SoftHSM token with a user PIN.
+type Token struct {
+	Conf    string // the configuration file, for SOFTHSM2_CONF
+	Store   string // the folder of the tokens' objects
+	Module  string // the PKCS#11 library
+	Label   string
+	Serial  string
+	PINFile string // mode 0600, holds the user PIN
+	URI     string // with token, serial, module-path and pin-source
+}
+
+// NewToken makes a SoftHSM token in dir; several calls on one dir make several
+// tokens of one store. A process sees it if it has [Token.Env] in its environment
+// before the module is initialised. A dir on /dev/shm is many times faster: SoftHSM
+// rewrites and syncs a file for each attribute of an object.
+func NewToken(ctx context.Context, dir string) (*Token, error) {
+	if err := Need("softhsm2-util", "softhsm2"); err != nil {
+		return nil, err
+	}
+	module, err := softHSM()
+	if err != nil {
+		return nil, err
+	}
+	random := rand.Text()
+	t := &Token{
+		Conf: filepath.Join(dir, "softhsm2.conf"), Store: filepath.Join(dir, "tokens"),
+		Module: module, Label: "test-" + random[:12],
+	}
+	t.PINFile = filepath.Join(dir, t.Label+".pin")
+	pin := random[12:20]
+	if err := t.writeFiles(pin); err != nil {
+		return nil, fmt.Errorf("preparing a SoftHSM token: %w", err)
+	}
+	if err := t.init(ctx, pin, rand.Text()[:16]); err != nil {
+		return nil, fmt.Errorf("making a SoftHSM token: %w", err)
+	}
+	t.URI = fmt.Sprintf("pkcs11:token=%s;serial=%s?module-path=%s&pin-source=file:%s", t.Label, t.Serial, t.Module, t.PINFile)
+	return t, nil
+}
+
+// Env is what a process needs in its environment to see the token.
+func (t *Token) Env() []string { return []string{"SOFTHSM2_CONF=" + t.Conf} }
+
+// softHSM finds the library where distributions put it.
+func softHSM() (string, error) {
+	for _, path := range []string{
+		"/usr/lib/softhsm/libsofthsm2.so", "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so",
+		"/usr/lib/aarch64-linux-gnu/softhsm/libsofthsm2.so", "/usr/lib64/pkcs11/libsofthsm2.so",
+		"/usr/lib64/softhsm/libsofthsm2.so", "/usr/lib/pkcs11/libsofthsm2.so", "/usr/local/lib/softhsm/libsofthsm2.so",
+	} {
+		if _, err := os.Stat(path); err == nil {
+			return path, nil
+		}
+	}
+	return "", errors.New("libsofthsm2.so is needed and was not found; install it: apt-get install softhsm2")
+}
+
+func (t *Token) writeFiles(pin string) error {
+	if err := os.Mkdir(t.Store, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	conf := "directories.tokendir = " + t.Store + "\nobjectstore.backend = file\nobjectstore.umask = 0077\nlog.level = ERROR\nslots.removable = false\n"
+	if err := os.WriteFile(t.Conf, []byte(conf), 0o600); err != nil {
+		return err
+	}
+	return os.WriteFile(t.PINFile, []byte(pin+"\n"), 0o600)
+}
+
+// init makes the token and learns its serial number. The PINs are in the argument
+// list, where others on this machine can read them: they protect nothing but tests.
+func (t *Token) init(ctx context.Context, pin, soPIN string) error {
+	if _, err := t.util(ctx, "--init-token", "--free", "--label", t.Label, "--pin", pin, "--so-pin", soPIN); err != nil {
+		return err
+	}
+	slots, err := t.util(ctx, "--show-slots")
+	if err != nil {
+		return err
+	}
+	var serial string
+	for line := range strings.Lines(slots) { // the serial number comes before the label
+		name, value, _ := strings.Cut(strings.TrimSpace(line), ":")
+		switch value = strings.TrimSpace(value); {
+		case name == "Serial number":
+			serial = value
+		case name == "Label" && value == t.Label:
+			t.Serial = serial
+			return nil
+		}
+	}
+	return fmt.Errorf("softhsm2-util does not show token %s:\n%s", t.Label, slots)
+}
+
+func (t *Token) util(ctx context.Context, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, "softhsm2-util", args...)
+	cmd.Env = append(os.Environ(), t.Env()...)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("softhsm2-util %s: %w: %s", args[0], err, out)
+	}
+	return string(out), nil
+}
