@@ -1,0 +1,197 @@
+package tpm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/google/go-tpm/tpm2"
+
+	"conseal/internal/secret"
+)
+
+// Root gives the host's erasable secret, 32 bytes. If none was ever set, the error
+// has NoRoot() bool; if the host is in another measured state than when it was
+// provisioned, it is a [PCRError].
+func (t *TPM) Root(ctx context.Context) (*secret.Bytes, error) {
+	var root *secret.Bytes
+	err := t.transact(ctx, "reading the root", func(x *tx) (err error) {
+		root, err = x.readRoot()
+		return err
+	})
+	return root, err
+}
+
+// SetRoot replaces the root. Once it has returned nil, no earlier root can be had
+// from this TPM by anybody. A write that was sent is not given up when ctx ends:
+// whatever became of its acknowledgement, the root is read again, and what is
+// there decides. That may take some commands' time-out longer than ctx allows; if
+// that fails too, the error says that either root may be there.
+func (t *TPM) SetRoot(ctx context.Context, next *secret.Bytes) error {
+	err := t.setRoot(ctx, next)
+	if err != nil {
+		return fmt.Errorf("%s: setting the root: %w", t.Name(), err)
+	}
+	return nil
+}
+
+func (t *TPM) setRoot(ctx context.Context, next *secret.Bytes) error {
+	if n := next.Len(); n != KeySize {
+		return fmt.Errorf("a root has %d bytes, not %d", KeySize, n)
+	}
+	release, err := t.acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	sent := false
+	err = t.verified(ctx, func(x *tx) error { return x.writeRoot(next, &sent) })
+	if err == nil || !sent {
+		return err
+	}
+	return t.settle(context.WithoutCancel(ctx), next, err)
+}
+
+// settle finds out what a write did that ended with writeErr. A command still
+// under way cannot take effect later: to connect again ends its sessions.
+func (t *TPM) settle(ctx context.Context, next *secret.Bytes, writeErr error) error {
+	_ = t.hangUp()
+	var root *secret.Bytes
+	err := t.verified(ctx, func(x *tx) (err error) {
+		root, err = x.readRoot()
+		return err
+	})
+	var none *noRootError
+	switch {
+	case errors.As(err, &none):
+		return fmt.Errorf("%w (there is still none)", writeErr)
+	case err != nil:
+		return fmt.Errorf("%w (and reading it again failed, so that it may be the old or the new one: %w)", writeErr, err)
+	}
+	defer root.Wipe()
+	if root.Equal(next) {
+		return nil
+	}
+	return fmt.Errorf("%w (the old one is still there)", writeErr)
+}
+
+func (x *tx) readRoot() (*secret.Bytes, error) {
+	name, err := x.rootName()
+	if err != nil {
+		return nil, err
+	}
+	var root *secret.Bytes
+	err = x.inState(x.wanted, func(policy tpm2.Session) error {
+		index := tpm2.TPMHandle(x.cfg.NVRoot)
+		rsp, err := run(x, tpm2.NVRead{
+			AuthHandle: tpm2.AuthHandle{Handle: index, Name: name, Auth: policy},
+			NVIndex:    tpm2.NamedHandle{Handle: index, Name: name},
+			Size:       KeySize,
+		}, x.srk.encryptOut())
+		if errors.Is(err, tpm2.TPMRCNVUninitialized) {
+			return &noRootError{x.cfg.NVRoot}
+		}
+		if err != nil {
+			return err
+		}
+		defer clear(rsp.Data.Buffer)
+		if n := len(rsp.Data.Buffer); n != KeySize {
+			return x.distrust("TPM2_NV_Read", fmt.Errorf("%d bytes, not %d", n, KeySize))
+		}
+		root = secret.Copy(rsp.Data.Buffer)
+		return nil
+	})
+	return root, err
+}
+
+// writeRoot sets sent as soon as the write may have an effect.
+func (x *tx) writeRoot(next *secret.Bytes, sent *bool) error {
+	name, err := x.rootName()
+	if err != nil {
+		return err
+	}
+	return x.inState(x.wanted, func(policy tpm2.Session) error {
+		if err := x.ctx.Err(); err != nil {
+			return err
+		}
+		x.ctx = context.WithoutCancel(x.ctx) // from here the command's time-out alone
+		return next.Use(func(b []byte) error {
+			index := tpm2.TPMHandle(x.cfg.NVRoot)
+			data := bytes.Clone(b) // go-tpm takes no promise not to change it
+			defer clear(data)
+			*sent = true
+			_, err := run(x, tpm2.NVWrite{
+				AuthHandle: tpm2.AuthHandle{Handle: index, Name: name, Auth: policy},
+				NVIndex:    tpm2.NamedHandle{Handle: index, Name: name},
+				Data:       tpm2.TPM2BMaxNVBuffer{Buffer: data},
+			}, x.srk.encryptIn())
+			return err
+		})
+	})
+}
+
+// rootPublic is the NV index of the root: to be read and written under the policy
+// of state only, whole, and by nobody's password.
+func (x *tx) rootPublic(state pcrSet, written bool) (tpm2.TPMSNVPublic, error) {
+	policy, err := state.policy()
+	return tpm2.TPMSNVPublic{
+		NVIndex: tpm2.TPMHandle(x.cfg.NVRoot),
+		NameAlg: tpm2.TPMAlgSHA256,
+		Attributes: tpm2.TPMANV{
+			PolicyRead:  true,
+			PolicyWrite: true,
+			WriteAll:    true,
+			NoDA:        true,
+			Written:     written,
+			NT:          tpm2.TPMNTOrdinary,
+		},
+		AuthPolicy: tpm2.TPM2BDigest{Buffer: policy},
+		DataSize:   KeySize,
+	}, err
+}
+
+// readIndex reads what is defined at the root's index; nil if nothing is.
+func (x *tx) readIndex() (*tpm2.TPMSNVPublic, error) {
+	rsp, err := run(x, tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(x.cfg.NVRoot)})
+	var refused *CommandError
+	if errors.As(err, &refused) && refused.RC.Is(tpm2.TPMRCHandle) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	public, err := rsp.NVPublic.Contents()
+	if err != nil {
+		return nil, x.distrust("TPM2_NV_ReadPublic", err)
+	}
+	return public, nil
+}
+
+// rootName is the name of the root's index as we defined it. It is computed and
+// goes into the HMAC of each use, so that an index that the owner defined anew
+// with weaker attributes is neither read nor written.
+func (x *tx) rootName() (tpm2.TPM2BName, error) {
+	var none tpm2.TPM2BName
+	found, err := x.readIndex()
+	if err != nil {
+		return none, err
+	}
+	if found == nil {
+		return none, fail(ClassLost, "NV index %#x is not defined any more: the TPM's owner removed it and the root with it, "+
+			"and the shares under it are lost; provision anew and reshare the host's keys", x.cfg.NVRoot)
+	}
+	ours, err := x.rootPublic(x.wanted, found.Attributes.Written)
+	if err != nil {
+		return none, err
+	}
+	if !bytes.Equal(tpm2.Marshal(ours), tpm2.Marshal(*found)) {
+		return none, fail(ClassLost, "NV index %#x is not the one that was provisioned: somebody defined it anew, the root is gone "+
+			"and the shares under it are lost; provision anew with a free index and reshare the host's keys", x.cfg.NVRoot)
+	}
+	name, err := tpm2.NVName(&ours)
+	if err != nil {
+		return none, err
+	}
+	return *name, nil
+}
