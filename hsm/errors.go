@@ -1,0 +1,85 @@
+package hsm
+
+import (
+	"errors"
+	"fmt"
+)
+
+// Class says what kind of failure an [Error] is, and so what can be done.
+type Class string
+
+const (
+	ClassSession   Class = "session"   // this session is gone
+	ClassLogin     Class = "login"     // the login is gone
+	ClassHandle    Class = "handle"    // an object's handle is stale
+	ClassToken     Class = "token"     // token or library went away, or its storage
+	ClassAuth      Class = "auth"      // the PIN is wrong, locked or not to be tried
+	ClassBusy      Class = "busy"      // out of sessions or memory
+	ClassPolicy    Class = "policy"    // the token will not do this: a matter of configuration
+	ClassData      Class = "data"      // the input is not authentic
+	ClassAmbiguous Class = "ambiguous" // the token does not say: data or device
+)
+
+// advice completes an error of a class by what to do.
+var advice = map[Class]string{
+	ClassSession:   "the session was lost twice: look for another program that resets this token",
+	ClassLogin:     "the login was lost twice: look for another program that logs out of this token",
+	ClassHandle:    "the object vanished during the call: look for another program that changes this token",
+	ClassToken:     "check that the token is plugged in or reachable and that its storage is mounted",
+	ClassAuth:      "check the PIN and the state of the token before another try",
+	ClassBusy:      "the token is out of sessions or memory: lower max sessions or end other users",
+	ClassPolicy:    "the token does not allow this: check its configuration and mechanisms",
+	ClassData:      "the data is damaged or was made elsewhere: restore the right file",
+	ClassAmbiguous: "the token failed without a reason: see its own log",
+}
+
+// Error is a failure in or of the token.
+type Error struct {
+	Class Class
+	Code  uint   // the CKR_ value; 0 if this package came to the judgement
+	What  string // what failed, without any secret
+}
+
+func (e *Error) Error() string {
+	return fmt.Sprintf("%s: %s", e.What, advice[e.Class])
+}
+
+// ClassOf gives the class of a failure, or "" if it is none of the token's.
+func ClassOf(err error) Class {
+	var e *Error
+	switch {
+	case errors.As(err, &e):
+		return e.Class
+	case errors.Is(err, ErrPINRefused):
+		return ClassAuth
+	case errors.Is(err, ErrNotAuthentic):
+		return ClassData
+	}
+	return ""
+}
+
+var (
+	// ErrNotAuthentic says that a blob was changed, belongs to another id, or
+	// was made by another token.
+	ErrNotAuthentic = errors.New("sealed data is not authentic: it is damaged, or was made for something or somebody else")
+	// ErrPINRefused says that the token refused the PIN, now or earlier. The
+	// same PIN is not sent again.
+	ErrPINRefused = errors.New("the token refused the PIN")
+	// ErrLost says that the token is there and works, but a key of this host
+	// is not in it any more.
+	ErrLost = errors.New("key is lost: restore the token from its vendor's backup, or recover the host's shares from its peers")
+	// ErrStale says that the state folder is older than the token, or another.
+	// Nothing was changed.
+	ErrStale = errors.New("state folder is older than the token: mount or restore the newest one; if there is none, recover the host's shares from its peers")
+)
+
+// errMissing says that a search found nothing, before it is known why.
+var errMissing = errors.New("object not found")
+
+// noRoot says that a provisioned token never had a root.
+type noRoot struct{ label string }
+
+func (e *noRoot) Error() string { return fmt.Sprintf("no root was ever set (%s)", e.label) }
+
+// NoRoot marks the error for whoever asks for it by interface.
+func (e *noRoot) NoRoot() bool { return true }

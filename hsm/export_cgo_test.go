@@ -1,0 +1,54 @@
+//go:build cgo
+
+package hsm
+
+import (
+	"context"
+
+	"github.com/miekg/pkcs11"
+
+	"conseal/internal/secret"
+)
+
+// RootSteps is the number of steps of SetRoot.
+var RootSteps = len((&rootChange{}).steps())
+
+// CrashInSetRoot does the first n steps of SetRoot and stops, as a crash would.
+func (h *HSM) CrashInSetRoot(ctx context.Context, next *secret.Bytes, n int) error {
+	c := &rootChange{h: h, next: next}
+	for _, step := range c.steps()[:n] {
+		if err := step(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// FailInSetRoot does the first n steps of SetRoot and then fails, as a full disk would.
+func (h *HSM) FailInSetRoot(ctx context.Context, next *secret.Bytes, n int) error {
+	c := &rootChange{h: h, next: next}
+	defer c.giveUp(ctx)
+	for _, step := range c.steps()[:n] {
+		if err := step(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// RootKeys counts the root keys in the token.
+func (h *HSM) RootKeys(ctx context.Context) (int, error) {
+	keys, err := h.rootKeys(ctx)
+	return len(keys), err
+}
+
+// Session lends a logged-in session for calls that the package does not make.
+func (h *HSM) Session(ctx context.Context, fn func(p *pkcs11.Ctx, sh pkcs11.SessionHandle, slot uint) error) error {
+	return h.do(ctx, func(s *session) error { return fn(s.p, s.h, s.slot) })
+}
+
+// MayTry is the check of a token's flags before a login.
+var MayTry = mayTry
+
+// ParsePoint parses CKA_EC_POINT.
+var ParsePoint = parsePoint

@@ -1,0 +1,142 @@
+// Package hsm guards a host's shares by a PKCS#11 token.
+//
+// [Provision] makes this host's objects in the token, once. [Open] logs in and
+// gives an [HSM], whose methods Seal, Open, Root and SetRoot protect shares at
+// rest and whose Identity is the host's key for mutual TLS:
+//
+//	h, err := hsm.Open(ctx, hsm.Config{
+//		URI:       "pkcs11:token=conseal;serial=1234?module-path=/usr/lib/softhsm/libsofthsm2.so",
+//		Name:      "web1",
+//		PINSource: "file:/etc/conseal/hsm.pin",
+//		StateDir:  "/var/lib/conseal/hsm",
+//	})
+//
+// The vendor's library runs inside the process: a crash of it is a crash of the
+// process, and a call under way cannot be interrupted. A context is honoured
+// between calls and while waiting for a session.
+//
+// PKCS#11 is spoken through cgo. Without it the package still parses URIs and
+// clears PIN latches, and Open and Provision say what is missing.
+package hsm
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// Config says which token holds a host's keys and how to get into it.
+type Config struct {
+	// URI names one token and its module (RFC 7512): token or serial, and
+	// module-path. See [ParseURI].
+	URI string
+	// Name is the host's name: 1 to 63 of A-Z a-z 0-9 . _ -. It is part of
+	// every object's label, so that hosts can have one token in common.
+	Name string
+	// Modules, if not empty, are the only modules that may be loaded, by
+	// absolute path.
+	Modules []string
+	// PINSource says where the PIN comes from and wins over the URI's
+	// pin-source: "file:/path" or "/path" (mode 0600, owned by us or root, no
+	// symbolic link), "fd:N" (an open file descriptor, N >= 3; a pipe can be
+	// read once), or "cred:NAME" (a systemd credential).
+	PINSource string
+	// StateDir is an absolute path of an existing folder (0700), for this host
+	// and process alone: it holds the wrapped root and the PIN latch.
+	StateDir string
+	// MaxSessions bounds the operations under way at one time; 0 means 8. The
+	// token may allow fewer.
+	MaxSessions int
+}
+
+// maxSessions is the default of [Config.MaxSessions].
+const maxSessions = 8
+
+// validate checks the configuration and gives its URI.
+func (c Config) validate() (*URI, error) {
+	u, err := ParseURI(c.URI)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case u.Token == "" && u.Serial == "":
+		return nil, errors.New("hsm: the URI names no token: add token= or serial= (a slot-id alone changes)")
+	case u.Object != "" || u.Type != "" || u.ID != nil:
+		return nil, errors.New("hsm: the URI must name a token, not an object: remove object=, type= and id=")
+	case u.ModulePath == "":
+		return nil, errors.New("hsm: the URI lacks module-path=, the absolute path of the vendor's PKCS#11 library")
+	case u.ModuleName != "" && bareModule(u.ModuleName) != bareModule(filepath.Base(u.ModulePath)):
+		return nil, fmt.Errorf("hsm: module-name=%s is not the name of module-path=%s: remove one", u.ModuleName, u.ModulePath)
+	case c.PINSource == "" && u.PINSource == "":
+		return nil, errors.New("hsm: no PIN source: set it to file:/path, fd:N or cred:NAME")
+	case c.MaxSessions < 0:
+		return nil, fmt.Errorf("hsm: max sessions is %d: must not be negative", c.MaxSessions)
+	}
+	if err := validName(c.Name); err != nil {
+		return nil, err
+	}
+	return u, validStateDir(c.StateDir)
+}
+
+// bareModule is a module's name as RFC 7512 section 2.3 wants it: without prefix
+// and ending.
+func bareModule(file string) string {
+	return strings.ToLower(strings.TrimPrefix(strings.TrimSuffix(file, ".so"), "lib"))
+}
+
+// pin is the source that counts.
+func (c Config) pin(u *URI) (pinSource, error) {
+	if c.PINSource != "" {
+		return parsePINSource(c.PINSource)
+	}
+	return parsePINSource(u.PINSource)
+}
+
+func validName(name string) error {
+	const allowed = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-"
+	other := func(r rune) bool { return !strings.ContainsRune(allowed, r) }
+	if name == "" || len(name) > 63 || strings.ContainsFunc(name, other) {
+		return fmt.Errorf("hsm: host name %q: must be 1 to 63 of A-Z a-z 0-9 . _ -", name)
+	}
+	return nil
+}
+
+func validStateDir(dir string) error {
+	if !filepath.IsAbs(dir) {
+		return fmt.Errorf("hsm: state folder %q: must be an absolute path", dir)
+	}
+	info, err := os.Stat(dir)
+	if err != nil {
+		return fmt.Errorf("hsm: state folder: %w: make it with install -d -m 0700", err)
+	}
+	if !info.IsDir() {
+		return fmt.Errorf("hsm: state folder %s is not a folder", dir)
+	}
+	if err := trusted(info, 0o022); err != nil {
+		return fmt.Errorf("hsm: state folder %s: %w", dir, err)
+	}
+	return nil
+}
+
+// Provisioned tells an operator what [Provision] found and made.
+type Provisioned struct {
+	Token string // the token, as the URI names it
+	Steps []Step // in the order in which they were done
+}
+
+// Step is one object that a host needs in its token.
+type Step struct {
+	Object string // what it is, and its label
+	Done   string // "made" or "already there"
+}
+
+func (p Provisioned) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "token %s\n", p.Token)
+	for _, s := range p.Steps {
+		fmt.Fprintf(&b, "%s: %s\n", s.Object, s.Done)
+	}
+	return b.String()
+}

@@ -1,0 +1,155 @@
+package hsm
+
+import (
+	"crypto/pbkdf2"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"conseal/internal/secret"
+)
+
+// latch remembers in a file which PINs were sent to the token and not
+// accepted, so that none is ever sent twice, also not by a new process: a unit
+// with Restart=always would otherwise lock the token.
+//
+// A PIN is entered, durably, before it is sent, and the file is removed when
+// the token has accepted it. So a crash in between counts as a refusal. The
+// file holds hashes: a short PIN can be found from its hash by trial, which is
+// why the file is 0600 in a folder of 0700 like the PIN's own.
+type latch struct{ dir string }
+
+const (
+	latchName  = "hsm-pin.latch"
+	latchTitle = "conseal pin latch v1"
+	// latchMax is more PINs than any token takes before it locks.
+	latchMax = 8
+	// latchWork makes one guess at a PIN cost some 20 ms.
+	latchWork = 100_000
+)
+
+// refused is the content of the latch's file.
+type refused struct {
+	salt []byte   // 16 bytes
+	pins [][]byte // PBKDF2-HMAC-SHA256, 32 bytes each
+}
+
+// ClearLatch forgets which PINs the token refused. An operator calls for it
+// when the PIN is right and the token, not the PIN, was at fault.
+func ClearLatch(stateDir string) error {
+	if err := os.Remove(filepath.Join(stateDir, latchName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("hsm: clearing the PIN latch: %w", err)
+	}
+	if err := syncPath(stateDir); err != nil {
+		return fmt.Errorf("hsm: clearing the PIN latch: %w", err)
+	}
+	return nil
+}
+
+// arm enters a PIN before it is sent, or refuses if it was sent before.
+func (l latch) arm(pin *secret.Bytes) error {
+	r, err := l.load()
+	if err != nil {
+		return fmt.Errorf("PIN latch: %w", err)
+	}
+	path := filepath.Join(l.dir, latchName)
+	if len(r.pins) >= latchMax {
+		return fmt.Errorf("%w: %d PINs were refused: set the right one, then delete %s", ErrPINRefused, len(r.pins), path)
+	}
+	hash, err := r.hash(pin)
+	if err != nil {
+		return fmt.Errorf("PIN latch: %w", err)
+	}
+	for _, old := range r.pins {
+		if subtle.ConstantTimeCompare(old, hash) == 1 {
+			return fmt.Errorf("%w: this PIN was sent before and is not sent again: put the right one into the PIN source; if this is the right one, delete %s", ErrPINRefused, path)
+		}
+	}
+	r.pins = append(r.pins, hash)
+	if err := writeDurable(l.dir, latchName, r.encode()); err != nil {
+		return fmt.Errorf("PIN latch: %w: the PIN was not sent", err)
+	}
+	return nil
+}
+
+// disarm takes back the last arm: the token never judged the PIN.
+func (l latch) disarm() error {
+	r, err := l.load()
+	if err != nil {
+		return fmt.Errorf("PIN latch: %w", err)
+	}
+	if len(r.pins) <= 1 {
+		return ClearLatch(l.dir)
+	}
+	r.pins = r.pins[:len(r.pins)-1]
+	return writeDurable(l.dir, latchName, r.encode())
+}
+
+func (l latch) load() (refused, error) {
+	b, err := readSmall(filepath.Join(l.dir, latchName), 4096)
+	if errors.Is(err, fs.ErrNotExist) {
+		r := refused{salt: make([]byte, 16)}
+		rand.Read(r.salt)
+		return r, nil
+	}
+	if err != nil {
+		return refused{}, err
+	}
+	r, err := decodeRefused(string(b))
+	if err != nil {
+		return refused{}, fmt.Errorf("%w: check the PIN, then delete %s", err, filepath.Join(l.dir, latchName))
+	}
+	return r, nil
+}
+
+func (r refused) hash(pin *secret.Bytes) (hash []byte, err error) {
+	err = pin.Use(func(b []byte) error {
+		// The string is a copy that cannot be wiped: the price of pbkdf2's signature.
+		hash, err = pbkdf2.Key(sha256.New, string(b), r.salt, latchWork, sha256.Size)
+		return err
+	})
+	return hash, err
+}
+
+func (r refused) encode() []byte {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s\nsalt %x\n", latchTitle, r.salt)
+	for _, p := range r.pins {
+		fmt.Fprintf(&b, "pin %x\n", p)
+	}
+	return []byte(b.String())
+}
+
+// decodeRefused is strict: a latch that cannot be read must not let a PIN through.
+func decodeRefused(s string) (refused, error) {
+	bad := errors.New("its file is damaged")
+	lines := strings.Split(s, "\n")
+	if len(lines) < 4 || lines[0] != latchTitle || lines[len(lines)-1] != "" {
+		return refused{}, bad
+	}
+	var r refused
+	for i, line := range lines[1 : len(lines)-1] {
+		prefix, size := "pin ", sha256.Size
+		if i == 0 {
+			prefix, size = "salt ", 16
+		}
+		text, ok := strings.CutPrefix(line, prefix)
+		b, err := hex.DecodeString(text)
+		if !ok || err != nil || len(b) != size {
+			return refused{}, bad
+		}
+		if i == 0 {
+			r.salt = b
+		} else {
+			r.pins = append(r.pins, b)
+		}
+	}
+	return r, nil
+}

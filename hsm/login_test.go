@@ -1,0 +1,121 @@
+//go:build cgo
+
+package hsm_test
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/miekg/pkcs11"
+
+	"conseal/hsm"
+)
+
+// spied is a host whose module is pkcs11-spy, which logs each call.
+type spied struct {
+	cfg hsm.Config
+	log string
+	env []string
+}
+
+func newSpied(t *testing.T) spied {
+	t.Helper()
+	_, cfg := newHost(t)
+	uri, err := hsm.ParseURI(cfg.URI)
+	if err != nil {
+		t.Fatal(err)
+	}
+	found, err := filepath.Glob("/usr/lib*/*/pkcs11-spy.so")
+	if more, _ := filepath.Glob("/usr/lib*/pkcs11-spy.so"); err != nil || len(found)+len(more) == 0 {
+		t.Fatal("pkcs11-spy.so is needed and was not found; install it: apt-get install opensc-pkcs11")
+	} else {
+		found = append(found, more...)
+	}
+	log := filepath.Join(t.TempDir(), "spy.log")
+	env := []string{"PKCS11SPY=" + uri.ModulePath, "PKCS11SPY_OUTPUT=" + log}
+	uri.ModulePath = found[0]
+	cfg.PINSource = writeFile(t, "pin", "wrong", 0o600)
+	cfg.URI = uri.String()
+	return spied{cfg, log, env}
+}
+
+// open opens the token in a new process.
+func (s spied) open(t *testing.T) error {
+	t.Helper()
+	out, err := childCommand(t, "open", s.cfg, s.env...).CombinedOutput()
+	if err != nil {
+		return &childError{string(out)}
+	}
+	return nil
+}
+
+type childError struct{ text string }
+
+func (e *childError) Error() string { return e.text }
+
+func (s spied) logins(t *testing.T) int {
+	t.Helper()
+	b, err := os.ReadFile(s.log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Count(string(b), ": C_Login\n")
+}
+
+// TestAWrongPINIsSentOnce counts C_Login where the module is entered.
+func TestAWrongPINIsSentOnce(t *testing.T) {
+	s := newSpied(t)
+	for n := range 4 {
+		err := s.open(t)
+		if err == nil || !strings.Contains(err.Error(), "refused the PIN") || strings.Contains(err.Error(), "wrong") {
+			t.Errorf("process %d: %v", n, err)
+		}
+		if got := s.logins(t); got != 1 {
+			t.Fatalf("after %d processes the PIN was sent %d times", n+1, got)
+		}
+	}
+	uri, err := hsm.ParseURI(s.cfg.URI)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrong := s.cfg.PINSource
+	s.cfg.PINSource = uri.PINSource // the right one
+	for n := range 2 {
+		if err := s.open(t); err != nil {
+			t.Fatalf("with the right PIN: %v", err)
+		}
+		if got := s.logins(t); got != 2+n {
+			t.Errorf("C_Login was called %d times", got)
+		}
+	}
+	s.cfg.PINSource = wrong
+	for range 2 {
+		if s.open(t) == nil {
+			t.Error("opened with a wrong PIN")
+		}
+	}
+	if got := s.logins(t); got != 4 { // the success forgot the old refusal
+		t.Errorf("C_Login was called %d times", got)
+	}
+	if err := hsm.ClearLatch(s.cfg.StateDir); err != nil {
+		t.Fatal(err)
+	}
+	if s.open(t) == nil || s.logins(t) != 5 {
+		t.Errorf("after ClearLatch C_Login was called %d times", s.logins(t))
+	}
+}
+
+func TestNoPINForATokenAboutToLock(t *testing.T) {
+	for flags, want := range map[uint]bool{
+		0: true, pkcs11.CKF_USER_PIN_COUNT_LOW: true,
+		pkcs11.CKF_USER_PIN_FINAL_TRY: false, pkcs11.CKF_USER_PIN_LOCKED: false,
+		pkcs11.CKF_USER_PIN_FINAL_TRY | pkcs11.CKF_USER_PIN_COUNT_LOW: false,
+	} {
+		err := hsm.MayTry(flags)
+		if (err == nil) != want || (err != nil && hsm.ClassOf(err) != hsm.ClassAuth) {
+			t.Errorf("flags %#x: %v", flags, err)
+		}
+	}
+}

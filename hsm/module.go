@@ -1,0 +1,127 @@
+//go:build cgo
+
+package hsm
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+
+	"github.com/miekg/pkcs11"
+)
+
+// module is a vendor's library in this process. It is never unloaded, and never
+// finalised but to be initialised again, and then only if we initialised it:
+// others in the process may use it, and libraries leave threads behind.
+type module struct {
+	path string
+	p    *pkcs11.Ctx
+	ours bool // C_Initialize was our call
+
+	// mu is held for reading during every call, and for writing while the
+	// library is finalised and initialised: C_Finalize with calls under way
+	// crashes libraries.
+	mu    sync.RWMutex
+	epoch uint64 // counts initialisations; handles of another epoch are void
+}
+
+// modules are the libraries in this process by real path. C_Initialize works on
+// the whole process, so this cannot be anybody's field.
+var modules struct {
+	mu     sync.Mutex
+	byPath map[string]*module
+}
+
+// loadModule loads and initialises a library, once in a process.
+func loadModule(path string, allowed []string) (*module, error) {
+	path, err := realModule(path, allowed)
+	if err != nil {
+		return nil, err
+	}
+	modules.mu.Lock()
+	defer modules.mu.Unlock()
+	if m := modules.byPath[path]; m != nil {
+		return m, nil
+	}
+	p := pkcs11.New(path)
+	if p == nil {
+		return nil, fmt.Errorf("hsm: module %s cannot be loaded: look with ldd for a library that it lacks, and whether it is a PKCS#11 module for this machine", path)
+	}
+	m := &module{path: path, p: p}
+	err = p.Initialize()
+	m.ours = err == nil
+	if err != nil && !errors.Is(err, pkcs11.Error(pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED)) {
+		return nil, fmt.Errorf("hsm: module %s: %w", path, failed("C_Initialize", err))
+	}
+	if modules.byPath == nil {
+		modules.byPath = make(map[string]*module)
+	}
+	modules.byPath[path] = m
+	return m, nil
+}
+
+// restart finalises and initialises the library: some only then see a token
+// that came back. If somebody did so since epoch seen, it does nothing.
+func (m *module) restart(seen uint64) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.epoch != seen {
+		return nil
+	}
+	if !m.ours {
+		return errors.New("the module was initialised by another part of this process: restart the process")
+	}
+	m.epoch++
+	if err := m.p.Finalize(); err != nil && !errors.Is(err, pkcs11.Error(pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED)) {
+		return failed("C_Finalize", err)
+	}
+	return failed("C_Initialize", m.p.Initialize())
+}
+
+// realModule resolves a library's path and checks that it is allowed and that
+// nobody but its owner and root could have changed it: who chooses the library
+// sees the PIN.
+func realModule(path string, allowed []string) (string, error) {
+	if !filepath.IsAbs(path) {
+		return "", fmt.Errorf("hsm: module %q: the path must be absolute", path)
+	}
+	resolved, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return "", fmt.Errorf("hsm: module: %w: install the vendor's PKCS#11 library or set module-path", err)
+	}
+	same := func(other string) bool {
+		real, err := filepath.EvalSymlinks(other)
+		return err == nil && filepath.IsAbs(other) && real == resolved
+	}
+	if len(allowed) > 0 && !slices.ContainsFunc(allowed, same) {
+		return "", fmt.Errorf("hsm: module %s (%s) is not in the list of allowed modules", path, resolved)
+	}
+	info, err := os.Stat(resolved)
+	if err == nil && !info.Mode().IsRegular() {
+		err = errors.New("not a regular file")
+	}
+	if err != nil {
+		return "", fmt.Errorf("hsm: module %s: %w", resolved, err)
+	}
+	return resolved, trustedPath(resolved)
+}
+
+// trustedPath checks a file and every folder above it.
+func trustedPath(path string) error {
+	for ; ; path = filepath.Dir(path) {
+		info, err := os.Stat(path)
+		if err == nil && info.Mode()&fs.ModeSticky == 0 { // in a sticky folder only owners rename
+			err = trusted(info, 0o022)
+		}
+		if err != nil {
+			return fmt.Errorf("hsm: module: %s: %w", path, err)
+		}
+		if path == filepath.Dir(path) {
+			return nil
+		}
+	}
+}

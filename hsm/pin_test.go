@@ -1,0 +1,205 @@
+package hsm_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"conseal/hsm"
+	"conseal/internal/secret"
+)
+
+func writeFile(t *testing.T, name, content string, mode os.FileMode) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), name)
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(path, mode); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func wantPIN(t *testing.T, source, want string) {
+	t.Helper()
+	pin, err := hsm.ReadPIN(source)
+	if err != nil {
+		t.Errorf("%s: %v", source, err)
+		return
+	}
+	defer pin.Wipe()
+	if !pin.Equal(secret.Copy([]byte(want))) {
+		t.Errorf("%s: got another PIN than %q", source, want)
+	}
+}
+
+func wantNoPIN(t *testing.T, source, reason string) {
+	t.Helper()
+	pin, err := hsm.ReadPIN(source)
+	pin.Wipe()
+	if err == nil || !strings.Contains(err.Error(), reason) {
+		t.Errorf("%s: got %v, want an error with %q", source, err, reason)
+	}
+}
+
+func TestPINFile(t *testing.T) {
+	wantPIN(t, writeFile(t, "pin", "1234\n", 0o600), "1234")
+	wantPIN(t, "file:"+writeFile(t, "pin", "12 34\r\n", 0o400), "12 34")
+	wantPIN(t, writeFile(t, "pin", strings.Repeat("p", 256), 0o600), strings.Repeat("p", 256))
+	wantNoPIN(t, writeFile(t, "pin", strings.Repeat("p", 257), 0o600), "at most")
+	wantNoPIN(t, writeFile(t, "pin", strings.Repeat("p", 4000), 0o600), "at most")
+	wantNoPIN(t, writeFile(t, "pin", "1234\n\n", 0o600), "one line")
+	wantNoPIN(t, writeFile(t, "pin", "12\x0034", 0o600), "one line")
+	wantNoPIN(t, writeFile(t, "pin", "\n", 0o600), "empty")
+	wantNoPIN(t, writeFile(t, "pin", "", 0o600), "empty")
+	for _, mode := range []os.FileMode{0o640, 0o604, 0o620, 0o601} {
+		wantNoPIN(t, writeFile(t, "pin", "1234", mode), "chmod")
+	}
+	wantNoPIN(t, filepath.Join(t.TempDir(), "none"), "no such file")
+	wantNoPIN(t, "/", "not a regular file")
+}
+
+func TestPINFileIsNoLinkOrFIFO(t *testing.T) {
+	path := writeFile(t, "pin", "1234", 0o600)
+	if err := os.Symlink(path, path+".link"); err != nil {
+		t.Fatal(err)
+	}
+	wantNoPIN(t, path+".link", "symbolic link")
+	if err := syscall.Mkfifo(path+".fifo", 0o600); err != nil {
+		t.Fatal(err)
+	}
+	wantNoPIN(t, path+".fifo", "not a regular file")
+}
+
+func TestOwner(t *testing.T) {
+	if err := errors.Join(hsm.TrustedOwner(0, 1000), hsm.TrustedOwner(1000, 1000), hsm.TrustedOwner(0, 0)); err != nil {
+		t.Error(err)
+	}
+	if hsm.TrustedOwner(1001, 1000) == nil || hsm.TrustedOwner(1000, 0) == nil {
+		t.Error("a file of another user is trusted")
+	}
+}
+
+func TestPINDescriptor(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if _, err := w.WriteString("1234\n"); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	source := fmt.Sprintf("fd:%d", r.Fd())
+	wantPIN(t, source, "1234")
+	wantNoPIN(t, source, "read only once")
+	f, err := os.Open(writeFile(t, "pin", "5678", 0o600))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	wantPIN(t, fmt.Sprintf("fd:%d", f.Fd()), "5678")
+	wantPIN(t, fmt.Sprintf("fd:%d", f.Fd()), "5678")
+	wantNoPIN(t, "fd:60000", "60000<FILE")
+}
+
+func TestPINCredential(t *testing.T) {
+	path := writeFile(t, "pin", "1234", 0o440)
+	t.Setenv("CREDENTIALS_DIRECTORY", "")
+	wantNoPIN(t, "cred:pin", "CREDENTIALS_DIRECTORY")
+	t.Setenv("CREDENTIALS_DIRECTORY", filepath.Dir(path))
+	wantPIN(t, "cred:pin", "1234")
+	if err := os.Chmod(path, 0o444); err != nil {
+		t.Fatal(err)
+	}
+	wantNoPIN(t, "cred:pin", "chmod")
+}
+
+func TestPINSourceForm(t *testing.T) {
+	for _, source := range []string{"", "1234", "pin", "file:", "file:pin", "file://h/pin", "fd:", "fd:0", "fd:2", "fd:03", "fd:-1", "fd:99999",
+		"cred:", "cred:.", "cred:..", "cred:../pin", "cred:a/b", "env:PIN", "|cat /pin"} {
+		wantNoPIN(t, source, "PIN source must be")
+	}
+}
+
+func TestLatchSendsAPINOnce(t *testing.T) {
+	dir := t.TempDir()
+	a, b := secret.Copy([]byte("1111")), secret.Copy([]byte("2222"))
+	sent := 0
+	refuse := func() bool { sent++; return false }
+	for range 3 {
+		for _, pin := range []*secret.Bytes{a, b} {
+			err := hsm.SendPIN(dir, pin, refuse)
+			if err != nil && !errors.Is(err, hsm.ErrPINRefused) {
+				t.Fatal(err)
+			}
+		}
+	}
+	if sent != 2 {
+		t.Errorf("two wrong PINs were sent %d times", sent)
+	}
+	if err := hsm.SendPIN(dir, secret.Copy([]byte("3333")), func() bool { return true }); err != nil {
+		t.Errorf("the right PIN: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "hsm-pin.latch")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the latch is there after success: %v", err)
+	}
+}
+
+func TestLatchIsOnDiskBeforeThePINIsSent(t *testing.T) {
+	dir := t.TempDir()
+	pin := secret.Copy([]byte("1234"))
+	err := hsm.SendPIN(dir, pin, func() bool {
+		b, err := os.ReadFile(filepath.Join(dir, "hsm-pin.latch"))
+		if err != nil || bytes.Contains(b, []byte("1234")) {
+			t.Errorf("latch while the PIN is sent: %q, %v", b, err)
+		}
+		err = hsm.SendPIN(dir, pin, func() bool { t.Error("sent again by another process"); return false })
+		if !errors.Is(err, hsm.ErrPINRefused) {
+			t.Errorf("another process: %v", err)
+		}
+		return true
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestLatchThatCannotBeReadOrWritten(t *testing.T) {
+	never := func() bool { t.Error("sent"); return true }
+	for _, content := range []string{"", "x", "conseal pin latch v1\n", "conseal pin latch v2\nsalt " + strings.Repeat("0", 32) + "\npin " + strings.Repeat("0", 64) + "\n"} {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, "hsm-pin.latch"), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := hsm.SendPIN(dir, secret.Copy([]byte("1")), never); err == nil {
+			t.Errorf("latch %q: sent", content)
+		}
+		if err := hsm.ClearLatch(dir); err != nil {
+			t.Fatal(err)
+		}
+		if err := hsm.SendPIN(dir, secret.Copy([]byte("1")), func() bool { return true }); err != nil {
+			t.Errorf("after ClearLatch: %v", err)
+		}
+	}
+	if err := hsm.SendPIN(filepath.Join(t.TempDir(), "none"), secret.Copy([]byte("1")), never); err == nil {
+		t.Error("sent without a latch")
+	}
+}
+
+func TestLatchStopsGuessing(t *testing.T) {
+	dir := t.TempDir()
+	sent := 0
+	for i := range 20 {
+		_ = hsm.SendPIN(dir, secret.Copy(fmt.Append(nil, i)), func() bool { sent++; return false })
+	}
+	if sent != 8 {
+		t.Errorf("%d different PINs were sent, want 8", sent)
+	}
+}

@@ -1,0 +1,168 @@
+//go:build cgo
+
+package hsm
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+
+	"github.com/miekg/pkcs11"
+
+	"conseal/internal/secret"
+)
+
+const maxID = 1024 // bytes of an id that is bound into a blob
+
+// Name says which token it is: "hsm pkcs11:token=conseal;serial=1234".
+func (h *HSM) Name() string { return "hsm " + h.uri.path() }
+
+// Kind is "hsm".
+func (h *HSM) Kind() string { return "hsm" }
+
+// Seal makes a fresh 32-byte key and the blob from which only this token gets it
+// back. id says what the key is for, 1 to 1024 bytes, and is bound in.
+func (h *HSM) Seal(ctx context.Context, id string) (*secret.Bytes, []byte, error) {
+	key := secret.Random(keySize)
+	blob, err := h.sealShare(ctx, id, key)
+	if err != nil {
+		key.Wipe()
+		return nil, nil, fmt.Errorf("hsm: sealing a key for %q: %w", id, err)
+	}
+	return key, blob, nil
+}
+
+func (h *HSM) sealShare(ctx context.Context, id string, key *secret.Bytes) ([]byte, error) {
+	if err := checkID(id); err != nil {
+		return nil, err
+	}
+	e := &envelope{kind: kindShare, key: h.wrap}
+	if err := h.seal(ctx, e, "wrap", id, key); err != nil {
+		return nil, err
+	}
+	return e.encode(), nil
+}
+
+// Open gives back the key of a blob that Seal made under the same id.
+func (h *HSM) Open(ctx context.Context, id string, blob []byte) (*secret.Bytes, error) {
+	if err := checkID(id); err != nil {
+		return nil, fmt.Errorf("hsm: %w", err)
+	}
+	e, err := decodeEnvelope(blob)
+	if err != nil || e.kind != kindShare || e.key != h.wrap {
+		return nil, fmt.Errorf("hsm: opening the key for %q: %w", id, ErrNotAuthentic)
+	}
+	key, err := h.open(ctx, e, "wrap", id)
+	if err != nil {
+		return nil, fmt.Errorf("hsm: opening the key for %q: %w", id, err)
+	}
+	return key, nil
+}
+
+func checkID(id string) error {
+	if id == "" || len(id) > maxID {
+		return fmt.Errorf("a key's id has %d bytes: must be 1 to %d", len(id), maxID)
+	}
+	return nil
+}
+
+// checkWrap finds the wrapping key and shows that it cannot leave the token,
+// gives back what it wrapped, and refuses what was changed.
+func (h *HSM) checkWrap(ctx context.Context) (id keyID, err error) {
+	err = h.do(ctx, func(s *session) error {
+		k, err := s.key(pkcs11.CKO_SECRET_KEY, s.label("wrap"))
+		if err != nil {
+			return err
+		}
+		if id, err = s.keyID(k); err != nil {
+			return err
+		}
+		_, err = s.aesKey(s.label("wrap"), id)
+		return err
+	})
+	if err != nil {
+		return id, err
+	}
+	return id, h.canary(ctx, &envelope{kind: kindShare, key: id}, "wrap")
+}
+
+// seal wraps a secret into e by the key that e and label name. The IV is fresh
+// in each try.
+func (h *HSM) seal(ctx context.Context, e *envelope, what, id string, plain *secret.Bytes) error {
+	return h.do(ctx, func(s *session) error {
+		k, err := s.key(pkcs11.CKO_SECRET_KEY, s.label(what), attr(pkcs11.CKA_ID, e.key[:]))
+		if err != nil {
+			return err
+		}
+		rand.Read(e.iv[:])
+		return plain.Use(func(b []byte) error { return s.seal(k, e, e.bind(s.label(what), id), b) })
+	})
+}
+
+// open unwraps e. Some tokens do not say whether the data or they are at fault;
+// then the key has to show that it works, and the data gets one more chance.
+func (h *HSM) open(ctx context.Context, e *envelope, what, id string) (*secret.Bytes, error) {
+	plain, err := h.unwrap(ctx, e, what, id)
+	if ClassOf(err) == ClassAmbiguous {
+		if h.canary(ctx, e, what) != nil {
+			return nil, err
+		}
+		plain, err = h.unwrap(ctx, e, what, id)
+		if ClassOf(err) == ClassAmbiguous {
+			return nil, ErrNotAuthentic
+		}
+	}
+	if ClassOf(err) == ClassData {
+		return nil, ErrNotAuthentic
+	}
+	return plain, err
+}
+
+func (h *HSM) unwrap(ctx context.Context, e *envelope, what, id string) (plain *secret.Bytes, err error) {
+	err = h.do(ctx, func(s *session) error {
+		k, err := s.key(pkcs11.CKO_SECRET_KEY, s.label(what), attr(pkcs11.CKA_ID, e.key[:]))
+		if err != nil {
+			return err
+		}
+		b, err := s.open(k, e, e.bind(s.label(what), id))
+		if err == nil {
+			plain = secret.Take(b)
+		}
+		return err
+	})
+	return plain, err
+}
+
+// canary shows that the key which like names works: it wraps, unwraps, and does
+// not unwrap what was changed.
+func (h *HSM) canary(ctx context.Context, like *envelope, what string) error {
+	e := &envelope{kind: like.kind, key: like.key}
+	key := secret.Random(keySize)
+	defer key.Wipe()
+	if err := h.seal(ctx, e, what, "canary", key); err != nil {
+		return err
+	}
+	got, err := h.unwrap(ctx, e, what, "canary")
+	if err != nil {
+		return err
+	}
+	defer got.Wipe()
+	if !got.Equal(key) {
+		return &Error{Class: ClassPolicy, What: "self-test of " + label(h.cfg.Name, what) + ": the token gives back another key"}
+	}
+	for _, id := range []string{"canary", "another"} { // the ciphertext, then the id
+		changed := *e
+		if id == "canary" {
+			changed.ct[0] ^= 1
+		}
+		got, err := h.unwrap(ctx, &changed, what, id)
+		got.Wipe()
+		switch c := ClassOf(err); {
+		case err == nil:
+			return &Error{Class: ClassPolicy, What: "self-test of " + label(h.cfg.Name, what) + ": the token does not authenticate"}
+		case c != ClassData && c != ClassAmbiguous:
+			return err // something else failed: nothing was shown
+		}
+	}
+	return nil
+}
