@@ -1,0 +1,300 @@
+package frost
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	ed "filippo.io/edwards25519"
+
+	"conseal/internal/secret"
+	"conseal/protocol"
+)
+
+// KeygenConfig is what all holders of a key generation have in common, and who
+// this one is.
+type KeygenConfig struct {
+	Session protocol.SessionID
+	Self    protocol.HostID
+	Holders []protocol.HostID // sorted; all take part
+	Quorum  int
+}
+
+// Keygen is a key generation: the DKG of the FROST paper (Komlo and Goldberg 2020,
+// figure 1), with an echo of the broadcasts.
+//
+//   - Round 1, to all: commitments and a proof of possession of the constant.
+//   - Round 2, to all: SHA-256 of all broadcasts, as received. Shares are dealt only if
+//     all holders received the same.
+//   - Round 3, to each: its share of the dealing. The transport encrypts.
+type Keygen struct {
+	cfg      KeygenConfig
+	position int
+	mail     mailbox
+	own      *dealing
+	round1   []byte // own body
+	dealt    map[protocol.HostID][]*ed.Point
+	echo     [32]byte // of all broadcasts: the transcript
+	share    *Share
+	closed   bool
+}
+
+// The rounds of a key generation.
+const (
+	roundDeal  = 1
+	roundEcho  = 2
+	roundShare = 3
+)
+
+var errClosed = errors.New("the session is over")
+
+// NewKeygen makes the session of one holder.
+func NewKeygen(cfg KeygenConfig) (*Keygen, error) {
+	if err := checkHolders(cfg.Quorum, cfg.Holders); err != nil {
+		return nil, fmt.Errorf("FROST key generation: %w", err)
+	}
+	if err := protocol.CheckParties(cfg.Self, cfg.Holders); err != nil {
+		return nil, fmt.Errorf("FROST key generation: %w", err)
+	}
+	k := &Keygen{cfg: cfg, position: slices.Index(cfg.Holders, cfg.Self), dealt: map[protocol.HostID][]*ed.Point{}}
+	k.mail = mailbox{
+		session: cfg.Session, self: cfg.Self, round: roundDeal, last: roundShare,
+		from: slices.DeleteFunc(slices.Clone(cfg.Holders), func(h protocol.HostID) bool { return h == cfg.Self }),
+		size: func(round uint16) int {
+			if round == roundDeal {
+				return cfg.Quorum*pointSize + proofSize
+			}
+			return 32 // a hash, or a scalar
+		},
+	}
+	return k, nil
+}
+
+// Start deals.
+func (k *Keygen) Start() (protocol.Ready, error) {
+	if k.closed || k.own != nil {
+		return protocol.Ready{}, errClosed
+	}
+	k.own = deal(randomScalar(), k.cfg.Quorum)
+	for _, c := range k.own.commitments {
+		k.round1 = append(k.round1, c.Bytes()...)
+	}
+	k.round1 = append(k.round1, k.prove()...)
+	return protocol.Ready{Send: k.toAll(roundDeal, k.round1)}, nil
+}
+
+func (k *Keygen) toAll(round uint16, body []byte) (out []protocol.Message) {
+	for _, h := range k.mail.from {
+		out = append(out, k.mail.message(h, round, body))
+	}
+	return out
+}
+
+// Step takes a message and, when its round is complete, does the next.
+func (k *Keygen) Step(m protocol.Message) (protocol.Ready, error) {
+	if k.closed || k.own == nil || k.share != nil {
+		return protocol.Ready{}, errClosed
+	}
+	if err := k.mail.put(m); err != nil {
+		return protocol.Ready{}, err
+	}
+	var ready protocol.Ready
+	for {
+		round := k.mail.round
+		bodies, ok := k.mail.take()
+		if !ok {
+			return ready, nil
+		}
+		var send []protocol.Message
+		var err error
+		switch round {
+		case roundDeal:
+			send, err = k.received(bodies)
+		case roundEcho:
+			send, err = k.echoed(bodies)
+		case roundShare:
+			err = k.finish(bodies)
+		}
+		if err != nil {
+			return protocol.Ready{}, err
+		}
+		ready.Send = append(ready.Send, send...)
+		if k.share != nil {
+			ready.Done = true
+			return ready, nil
+		}
+	}
+}
+
+// proofSize is a Schnorr proof: R, mu.
+const proofSize = pointSize + scalarSize
+
+// challenge is c of the proof of possession, bound to the session and dealer.
+func (k *Keygen) challenge(dealer int, constant, r []byte) *ed.Scalar {
+	h := []byte(contextString + "conseal dkg proof of possession")
+	h = append(h, k.cfg.Session[:]...)
+	h = append(h, identifier(dealer).Bytes()...)
+	h = append(h, constant...)
+	return hashToScalar(append(h, r...))
+}
+
+// prove shows that the dealer knows its constant, so that no dealer can choose it
+// after the others' (figure 1, round 1, step 2).
+func (k *Keygen) prove() []byte {
+	nonce := randomScalar()
+	defer wipe(nonce)
+	r := new(ed.Point).ScalarBaseMult(nonce).Bytes()
+	c := k.challenge(k.position, k.own.commitments[0].Bytes(), r)
+	mu := ed.NewScalar().MultiplyAdd(c, k.own.coefficients[0], nonce)
+	return append(r, mu.Bytes()...)
+}
+
+// checkProof verifies R = mu*G - c*C_0 (figure 1, round 1, step 5).
+func (k *Keygen) checkProof(dealer protocol.HostID, constant *ed.Point, proof []byte) error {
+	mu, err := decodeScalar(proof[pointSize:])
+	if err != nil {
+		return protocol.Faultf(dealer, "proof of possession: %v", err)
+	}
+	c := k.challenge(slices.Index(k.cfg.Holders, dealer), constant.Bytes(), proof[:pointSize])
+	r := new(ed.Point).VarTimeDoubleScalarBaseMult(c.Negate(c), constant, mu)
+	if !bytes.Equal(r.Bytes(), proof[:pointSize]) {
+		return protocol.Faultf(dealer, "wrong proof of possession")
+	}
+	return nil
+}
+
+// received checks all dealings and tells what was received.
+func (k *Keygen) received(bodies map[protocol.HostID][]byte) ([]protocol.Message, error) {
+	bodies[k.cfg.Self] = k.round1
+	h := sha256.New()
+	h.Write([]byte("conseal frost keygen broadcasts v1"))
+	h.Write(k.cfg.Session[:])
+	size := k.cfg.Quorum * pointSize
+	for _, dealer := range k.cfg.Holders {
+		body := bodies[dealer]
+		commitments, err := decodeCommitments(dealer, body[:size], k.cfg.Quorum)
+		if err != nil {
+			return nil, err
+		}
+		if err := k.checkProof(dealer, commitments[0], body[size:]); err != nil {
+			return nil, err
+		}
+		k.dealt[dealer] = commitments
+		var length [4]byte
+		binary.BigEndian.PutUint32(length[:], uint32(len(body)))
+		h.Write(length[:])
+		h.Write(body)
+	}
+	k.echo = [32]byte(h.Sum(nil))
+	return k.toAll(roundEcho, k.echo[:]), nil
+}
+
+// echoed deals the shares out if everybody received the same broadcasts. If not,
+// a dealer or an echo lied, and there is no telling which.
+func (k *Keygen) echoed(bodies map[protocol.HostID][]byte) ([]protocol.Message, error) {
+	var differ []string
+	for _, h := range k.mail.from {
+		if !bytes.Equal(bodies[h], k.echo[:]) {
+			differ = append(differ, fmt.Sprintf("%q", h))
+		}
+	}
+	if len(differ) > 0 {
+		return nil, fmt.Errorf("a holder sent different dealings to different hosts: what %s received differs from what %q received", strings.Join(differ, ", "), k.cfg.Self)
+	}
+	var out []protocol.Message
+	for _, h := range k.mail.from {
+		share := k.own.share(slices.Index(k.cfg.Holders, h))
+		out = append(out, k.mail.message(h, roundShare, share.Bytes()))
+		wipe(share)
+	}
+	return out, nil
+}
+
+// finish checks and adds up the shares (figure 1, round 2, steps 2 to 4).
+func (k *Keygen) finish(bodies map[protocol.HostID][]byte) error {
+	sum := k.own.share(k.position)
+	defer wipe(sum)
+	for _, dealer := range k.mail.from {
+		value, err := decodeScalar(bodies[dealer])
+		clear(bodies[dealer])
+		if err != nil {
+			return protocol.Faultf(dealer, "dealt share: %v", err)
+		}
+		if err := checkShare(dealer, k.dealt[dealer], k.position, value); err != nil {
+			return err
+		}
+		sum.Add(sum, value)
+		wipe(value)
+	}
+	group, err := k.group()
+	if err != nil {
+		return err
+	}
+	share, err := LoadShare(group, k.cfg.Self, sum.Bytes())
+	if err != nil {
+		return err
+	}
+	k.share = share
+	k.own.wipe()
+	return nil
+}
+
+// group adds up the commitments.
+func (k *Keygen) group() (*Group, error) {
+	total := make([]*ed.Point, k.cfg.Quorum)
+	for i := range total {
+		total[i] = ed.NewIdentityPoint()
+		for _, c := range k.dealt {
+			total[i].Add(total[i], c[i])
+		}
+	}
+	var shares []*ed.Point
+	for i := range k.cfg.Holders {
+		shares = append(shares, evaluate(total, i))
+	}
+	for _, p := range append([]*ed.Point{total[0]}, shares...) {
+		if p.Equal(ed.NewIdentityPoint()) == 1 {
+			return nil, errors.New("the dealings cancel out: start again")
+		}
+	}
+	return newGroup(k.cfg.Quorum, k.cfg.Holders, total[0], shares), nil
+}
+
+// Result returns the share and the hash of all broadcasts, once the session is
+// done. The caller owns the share.
+func (k *Keygen) Result() (*Share, [32]byte, error) {
+	if k.share == nil {
+		return nil, [32]byte{}, errors.New("the key generation is not done")
+	}
+	s, err := k.share.copy()
+	return s, k.echo, err
+}
+
+func (s *Share) copy() (*Share, error) {
+	c := *s
+	err := s.secret.Use(func(b []byte) error {
+		c.secret = secret.Copy(b)
+		return nil
+	})
+	return &c, err
+}
+
+// Close wipes the dealing and the session's copy of the share.
+func (k *Keygen) Close() {
+	k.closed = true
+	if k.own != nil {
+		k.own.wipe()
+	}
+	for _, bodies := range k.mail.got {
+		for _, b := range bodies {
+			clear(b)
+		}
+	}
+	if k.share != nil {
+		k.share.Wipe()
+	}
+}

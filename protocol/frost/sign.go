@@ -1,0 +1,357 @@
+package frost
+
+import (
+	"crypto/ed25519"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"slices"
+
+	ed "filippo.io/edwards25519"
+
+	"conseal/protocol"
+)
+
+// SignConfig is what the coordinator and the signers of a signature have in
+// common, and who this host is.
+type SignConfig struct {
+	Session     protocol.SessionID
+	Self        protocol.HostID
+	Coordinator protocol.HostID
+	Signers     []protocol.HostID // sorted, as many as the quorum; the coordinator may be one
+	Group       *Group
+	Share       *Share // of a signer; the coordinator may have none
+	Message     []byte // the whole message; not copied
+}
+
+// Sign is two-round FROST (RFC 9591 section 5) with a coordinator.
+//
+//   - Round 1, to the coordinator: commitments to two nonces (section 5.1).
+//   - Round 2, to each signer: the commitments of all signers, in their order.
+//   - Round 3, to the coordinator: the signature share (section 5.2). The coordinator
+//     adds them up and verifies the signature (section 5.3).
+//
+// Nonces are made in Start, live in the session only, and are gone before the one
+// share that uses them leaves it.
+type Sign struct {
+	cfg       SignConfig
+	signs     bool // self is a signer
+	positions []int
+	mail      mailbox
+	nonces    *nonces // nil before Start and once used
+	started   bool
+	list      *commitmentList
+	own       *ed.Scalar // the coordinator's own signature share
+	signature []byte
+	done      bool
+}
+
+// The rounds of a signature.
+const (
+	roundCommit = 1
+	roundList   = 2
+	roundSign   = 3
+)
+
+// commitmentSize is hiding and binding nonce commitment.
+const commitmentSize = 2 * pointSize
+
+// NewSign makes the session of a signer, of the coordinator, or of both in one.
+func NewSign(cfg SignConfig) (*Sign, error) {
+	s := &Sign{cfg: cfg, signs: slices.Contains(cfg.Signers, cfg.Self)}
+	if err := s.check(); err != nil {
+		return nil, fmt.Errorf("FROST signature: %w", err)
+	}
+	s.mail = mailbox{session: cfg.Session, self: cfg.Self, size: func(round uint16) int {
+		return map[uint16]int{roundCommit: commitmentSize, roundList: len(cfg.Signers) * commitmentSize, roundSign: scalarSize}[round]
+	}}
+	if cfg.Self == cfg.Coordinator {
+		s.mail.round, s.mail.last = roundCommit, roundSign
+		s.mail.from = slices.DeleteFunc(slices.Clone(cfg.Signers), func(h protocol.HostID) bool { return h == cfg.Self })
+	} else {
+		s.mail.round, s.mail.last = roundList, roundList
+		s.mail.from = []protocol.HostID{cfg.Coordinator}
+	}
+	return s, nil
+}
+
+func (s *Sign) check() error {
+	c := &s.cfg
+	switch {
+	case c.Group == nil:
+		return errors.New("no group")
+	case len(c.Message) == 0:
+		return errors.New("an empty message")
+	case len(c.Signers) != c.Group.Quorum:
+		return fmt.Errorf("%d signers for a quorum of %d", len(c.Signers), c.Group.Quorum)
+	case !s.signs && c.Self != c.Coordinator:
+		return fmt.Errorf("host %q is neither signer nor coordinator", c.Self)
+	case s.signs && (c.Share == nil || c.Share.Self != c.Self || c.Share.Group.PublicKey != c.Group.PublicKey):
+		return fmt.Errorf("host %q has no share of this key", c.Self)
+	}
+	for _, h := range c.Signers {
+		if c.Group.position(h) < 0 {
+			return fmt.Errorf("host %q is no holder of this key", h)
+		}
+		s.positions = append(s.positions, c.Group.position(h))
+	}
+	return protocol.CheckParties(c.Signers[0], c.Signers)
+}
+
+// Start makes the nonces of a signer.
+func (s *Sign) Start() (protocol.Ready, error) {
+	if s.started || s.done {
+		return protocol.Ready{}, errClosed
+	}
+	s.started = true
+	if !s.signs {
+		return protocol.Ready{}, nil
+	}
+	var err error
+	if s.nonces, err = commit(s.cfg.Share); err != nil {
+		return protocol.Ready{}, err
+	}
+	if s.cfg.Self == s.cfg.Coordinator {
+		return protocol.Ready{}, nil
+	}
+	return protocol.Ready{Send: []protocol.Message{s.mail.message(s.cfg.Coordinator, roundCommit, s.nonces.commitment[:])}}, nil
+}
+
+// Step takes a message and, when its round is complete, does the next.
+func (s *Sign) Step(m protocol.Message) (protocol.Ready, error) {
+	if !s.started || s.done {
+		return protocol.Ready{}, errClosed
+	}
+	if err := s.mail.put(m); err != nil {
+		return protocol.Ready{}, err
+	}
+	round := s.mail.round
+	bodies, ok := s.mail.take()
+	if !ok {
+		return protocol.Ready{}, nil
+	}
+	switch round {
+	case roundCommit:
+		return s.distribute(bodies)
+	case roundList:
+		return s.respond(bodies[s.cfg.Coordinator])
+	}
+	return s.aggregate(bodies)
+}
+
+// nonces are the two nonces of a signer, for one signature.
+type nonces struct {
+	hiding, binding *ed.Scalar
+	commitment      [commitmentSize]byte
+}
+
+// commit is RFC 9591 section 5.1.
+func commit(share *Share) (*nonces, error) {
+	var seed [64]byte
+	rand.Read(seed[:])
+	defer clear(seed[:])
+	return commitWith(share, seed[:32], seed[32:])
+}
+
+// commitWith makes nonces from given randomness: nonce_generate of section 4.1.
+func commitWith(share *Share, hiding, binding []byte) (*nonces, error) {
+	n := &nonces{}
+	err := share.secret.Use(func(x []byte) error {
+		n.hiding, n.binding = h3(hiding, x), h3(binding, x)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	copy(n.commitment[:pointSize], new(ed.Point).ScalarBaseMult(n.hiding).Bytes())
+	copy(n.commitment[pointSize:], new(ed.Point).ScalarBaseMult(n.binding).Bytes())
+	return n, nil
+}
+
+func (n *nonces) wipe() {
+	if n != nil {
+		wipe(n.hiding, n.binding)
+	}
+}
+
+// commitmentList is what all signers derive from the commitments of all.
+type commitmentList struct {
+	hiding, binding []*ed.Point // of each signer
+	factors         []*ed.Scalar
+	lambdas         []*ed.Scalar
+	r               *ed.Point
+	challenge       *ed.Scalar
+}
+
+// newList decodes the commitments and computes binding factors (section 4.4),
+// group commitment (4.5) and challenge (4.6). own, if any, is the position in the
+// list of a commitment that needs no check.
+func (s *Sign) newList(encoded []byte, own int) (*commitmentList, error) {
+	l := &commitmentList{}
+	var hashed []byte // encode_group_commitment_list, section 4.3
+	one := identifier(0)
+	for i, h := range s.cfg.Signers {
+		c := encoded[i*commitmentSize : (i+1)*commitmentSize]
+		decode := decodePoint
+		if i == own {
+			decode = func(b []byte) (*ed.Point, error) { return new(ed.Point).SetBytes(b) }
+		}
+		d, err := decode(c[:pointSize])
+		if err != nil {
+			return nil, protocol.Faultf(s.blame(h), "hiding commitment of %q: %v", h, err)
+		}
+		e, err := decode(c[pointSize:])
+		if err != nil {
+			return nil, protocol.Faultf(s.blame(h), "binding commitment of %q: %v", h, err)
+		}
+		l.hiding, l.binding = append(l.hiding, d), append(l.binding, e)
+		hashed = append(append(hashed, identifier(s.positions[i]).Bytes()...), c...)
+	}
+	public := s.cfg.Group.PublicKey[:]
+	prefix := append(append(slices.Clone(public), h4(s.cfg.Message)...), h5(hashed)...)
+	var scalars []*ed.Scalar
+	var points []*ed.Point
+	for i, p := range s.positions {
+		factor := h1(prefix, identifier(p).Bytes())
+		l.factors = append(l.factors, factor)
+		l.lambdas = append(l.lambdas, lagrange(p, s.positions, nil))
+		scalars, points = append(scalars, one, factor), append(points, l.hiding[i], l.binding[i])
+	}
+	l.r = new(ed.Point).VarTimeMultiScalarMult(scalars, points)
+	l.challenge = h2(l.r.Bytes(), public, s.cfg.Message)
+	return l, nil
+}
+
+// blame is who is at fault for a commitment of h: h itself at the coordinator,
+// who has it from h, and the coordinator at a signer.
+func (s *Sign) blame(h protocol.HostID) protocol.HostID {
+	if s.cfg.Self == s.cfg.Coordinator {
+		return h
+	}
+	return s.cfg.Coordinator
+}
+
+// share is the signature share of RFC 9591 section 5.2. It uses the nonces up,
+// whatever happens.
+func (s *Sign) share(l *commitmentList, at int) (*ed.Scalar, error) {
+	n := s.nonces
+	s.nonces = nil
+	if n == nil {
+		return nil, errors.New("the nonces of this session are used up")
+	}
+	defer n.wipe()
+	z := ed.NewScalar()
+	err := s.cfg.Share.use(func(x *ed.Scalar) error {
+		z.MultiplyAdd(n.binding, l.factors[at], n.hiding)
+		weighted := ed.NewScalar().Multiply(l.lambdas[at], l.challenge)
+		z.MultiplyAdd(weighted, x, z)
+		return nil
+	})
+	return z, err
+}
+
+// distribute is the coordinator's work after round 1.
+func (s *Sign) distribute(bodies map[protocol.HostID][]byte) (protocol.Ready, error) {
+	if s.signs {
+		bodies[s.cfg.Self] = s.nonces.commitment[:]
+	}
+	var encoded []byte
+	for _, h := range s.cfg.Signers {
+		encoded = append(encoded, bodies[h]...)
+	}
+	own := slices.Index(s.cfg.Signers, s.cfg.Self)
+	var err error
+	if s.list, err = s.newList(encoded, own); err != nil {
+		return protocol.Ready{}, err
+	}
+	if s.signs {
+		if s.own, err = s.share(s.list, own); err != nil {
+			return protocol.Ready{}, err
+		}
+	}
+	s.mail.round = roundSign // round 2 is what was sent
+	var out []protocol.Message
+	for _, h := range s.mail.from {
+		out = append(out, s.mail.message(h, roundList, encoded))
+	}
+	return protocol.Ready{Send: out}, nil
+}
+
+// respond is a signer's work after round 2.
+func (s *Sign) respond(encoded []byte) (protocol.Ready, error) {
+	s.done = true // whatever happens, there is no second list for these nonces
+	at := slices.Index(s.cfg.Signers, s.cfg.Self)
+	if string(encoded[at*commitmentSize:(at+1)*commitmentSize]) != string(s.nonces.commitment[:]) {
+		s.nonces.wipe()
+		return protocol.Ready{}, protocol.Faultf(s.cfg.Coordinator, "changed this host's commitment")
+	}
+	l, err := s.newList(encoded, at)
+	if err != nil {
+		s.nonces.wipe()
+		return protocol.Ready{}, err
+	}
+	z, err := s.share(l, at)
+	if err != nil {
+		return protocol.Ready{}, err
+	}
+	return protocol.Ready{Done: true, Send: []protocol.Message{s.mail.message(s.cfg.Coordinator, roundSign, z.Bytes())}}, nil
+}
+
+// aggregate is RFC 9591 section 5.3. The finished signature is verified first;
+// only if it is wrong are the shares looked at one by one (section 5.4).
+func (s *Sign) aggregate(bodies map[protocol.HostID][]byte) (protocol.Ready, error) {
+	s.done = true
+	z := ed.NewScalar()
+	shares := make([]*ed.Scalar, len(s.cfg.Signers))
+	for i, h := range s.cfg.Signers {
+		if shares[i] = s.own; h != s.cfg.Self {
+			var err error
+			if shares[i], err = decodeScalar(bodies[h]); err != nil {
+				return protocol.Ready{}, protocol.Faultf(h, "signature share: %v", err)
+			}
+		}
+		z.Add(z, shares[i])
+	}
+	signature := append(s.list.r.Bytes(), z.Bytes()...)
+	if !ed25519.Verify(s.cfg.Group.PublicKey[:], s.cfg.Message, signature) {
+		return protocol.Ready{}, s.culprits(shares)
+	}
+	s.signature = signature
+	return protocol.Ready{Done: true}, nil
+}
+
+// culprits names every signer whose share is wrong:
+// z_i*G != D_i + rho_i*E_i + c*lambda_i*X_i.
+func (s *Sign) culprits(shares []*ed.Scalar) error {
+	var faults []error
+	for i, h := range s.cfg.Signers {
+		weighted := ed.NewScalar().Multiply(s.list.lambdas[i], s.list.challenge)
+		want := new(ed.Point).VarTimeMultiScalarMult(
+			[]*ed.Scalar{identifier(0), s.list.factors[i], weighted},
+			[]*ed.Point{s.list.hiding[i], s.list.binding[i], s.cfg.Group.shares[s.positions[i]]})
+		if new(ed.Point).ScalarBaseMult(shares[i]).Equal(want) != 1 {
+			faults = append(faults, protocol.Faultf(h, "wrong signature share"))
+		}
+	}
+	if len(faults) == 0 {
+		return errors.New("the signature is wrong although every share is right")
+	}
+	return errors.Join(faults...)
+}
+
+// Signature returns the 64-byte signature, verified, at the coordinator of a
+// session that is done.
+func (s *Sign) Signature() ([]byte, error) {
+	if s.signature == nil {
+		return nil, errors.New("there is no signature here")
+	}
+	return slices.Clone(s.signature), nil
+}
+
+// Close wipes what is secret.
+func (s *Sign) Close() {
+	s.done = true
+	s.nonces.wipe()
+	s.nonces = nil
+	wipe(s.own)
+}
