@@ -1,0 +1,333 @@
+package vault
+
+import (
+	"bytes"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/hkdf"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"path/filepath"
+	"slices"
+
+	"conseal/internal/secret"
+)
+
+// manifest is everything that the vault knows, but shares and certificates. A
+// manifest that [Vault.now] points to never changes.
+type manifest struct {
+	sequence uint64 // rises with each write
+	roots    uint64 // taken so far
+	host     string
+	keys     map[KeyID]*record
+}
+
+type record struct {
+	entry       [32]byte
+	voted       *Staged
+	active      Number
+	certificate [32]byte // SHA-256 of the active epoch's
+	shares      []share
+}
+
+type share struct {
+	number  Number
+	output  Output
+	file    fileName
+	digest  [32]byte // SHA-256 of the file
+	erasure [32]byte // without it, the file is noise
+}
+
+func (m *manifest) sorted() []KeyID {
+	return slices.SortedFunc(maps.Keys(m.keys), func(a, b KeyID) int {
+		return cmpKey(a, b)
+	})
+}
+
+func cmpKey(a, b KeyID) int {
+	if c := bytes.Compare([]byte(a.Name), []byte(b.Name)); c != 0 {
+		return c
+	}
+	return Number{Roster: a.Incarnation}.Compare(Number{Roster: b.Incarnation})
+}
+
+// clone copies what edit may change: the map. Records are replaced whole.
+func (m *manifest) clone() *manifest {
+	c := *m
+	c.keys = maps.Clone(m.keys)
+	return &c
+}
+
+// edit returns a record of a cloned manifest that may be changed.
+func (m *manifest) edit(id KeyID) *record {
+	r := &record{}
+	if old := m.keys[id]; old != nil {
+		*r = *old
+		r.shares = slices.Clone(old.shares)
+	}
+	m.keys[id] = r
+	return r
+}
+
+func (r *record) share(n Number) *share {
+	for i := range r.shares {
+		if r.shares[i].number == n {
+			return &r.shares[i]
+		}
+	}
+	return nil
+}
+
+func (r *record) export(id KeyID) Record {
+	out := Record{Key: id, Entry: r.entry, Active: r.active}
+	if r.voted != nil {
+		vote := *r.voted
+		out.Voted = &vote
+	}
+	for _, s := range r.shares {
+		out.Staged = append(out.Staged, Staged{s.number, s.output})
+	}
+	return out
+}
+
+// A slot is magic, version, salt, then AES-256-GCM of the encoded manifest with
+// all before it as associated data, then SHA-256 of all that. The key is
+// HKDF(root, salt): fresh for each write, so the nonce is zero. The tag of the
+// root lets a damaged slot be told from one of another root; the digest, which
+// proves nothing against an attacker, damage from a torn or rotten disk.
+const (
+	slotMagic   = "conseal manifest"
+	slotVersion = 1
+	saltSize    = 32
+	tagSize     = 16
+	slots       = 2
+	maxManifest = 64 << 20
+)
+
+func (v *Vault) slotPath(slot int) string {
+	return filepath.Join(v.dir, fmt.Sprintf("manifest.%d", slot))
+}
+
+// slotKeys derives a slot's key and the tag of its root.
+func slotKeys(root *secret.Bytes, salt []byte) (aead cipher.AEAD, tag []byte, err error) {
+	err = root.Use(func(root []byte) error {
+		if tag, err = hkdf.Key(sha256.New, root, salt, "conseal manifest v1 root tag", tagSize); err != nil {
+			return err
+		}
+		key, err := hkdf.Key(sha256.New, root, salt, "conseal manifest v1 key", 32)
+		if err != nil {
+			return err
+		}
+		defer clear(key)
+		aead, err = newGCM(key)
+		return err
+	})
+	return aead, tag, err
+}
+
+func newGCM(key []byte) (cipher.AEAD, error) {
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		return nil, err
+	}
+	return cipher.NewGCM(block)
+}
+
+func (v *Vault) writeSlot(slot int, m *manifest, root *secret.Bytes) error {
+	salt := make([]byte, saltSize)
+	rand.Read(salt)
+	aead, tag, err := slotKeys(root, salt)
+	if err != nil {
+		return err
+	}
+	plain := m.encode()
+	defer clear(plain)
+	out := append([]byte(slotMagic), slotVersion)
+	out = append(append(out, salt...), tag...)
+	out = aead.Seal(out, make([]byte, aead.NonceSize()), plain, bytes.Clone(out))
+	digest := sha256.Sum256(out)
+	return writeFile(v.slotPath(slot), append(out, digest[:]...), "vault/manifest")
+}
+
+// readSlots returns the newest manifest that root opens.
+func (v *Vault) readSlots(root *secret.Bytes) (newest *manifest, slot int, err error) {
+	for i := range slots {
+		m, err := v.readSlot(i, root)
+		if err != nil {
+			return nil, 0, fmt.Errorf("manifest.%d: %w", i, err)
+		}
+		if m != nil && (newest == nil || m.sequence > newest.sequence) {
+			newest, slot = m, i
+		}
+	}
+	if newest == nil {
+		return nil, 0, ErrStale
+	}
+	return newest, slot, nil
+}
+
+// readSlot returns nil if the slot is empty or another root's.
+func (v *Vault) readSlot(slot int, root *secret.Bytes) (*manifest, error) {
+	b, err := readFile(v.slotPath(slot), maxManifest)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	const header = len(slotMagic) + 1 + saltSize + tagSize
+	if len(b) < header+sha256.Size || string(b[:len(slotMagic)]) != slotMagic {
+		return nil, fmt.Errorf("%w: no manifest; move it away to go on with the other slot, if that is the newer", ErrDamaged)
+	}
+	if version := b[len(slotMagic)]; version != slotVersion {
+		return nil, fmt.Errorf("format version %d; this program knows %d and leaves it alone", version, slotVersion)
+	}
+	body, digest := b[:len(b)-sha256.Size], b[len(b)-sha256.Size:]
+	if sha256.Sum256(body) != [32]byte(digest) {
+		return nil, fmt.Errorf("%w: its content changed on the disk; move it away to go on with the other slot, if that is the newer", ErrDamaged)
+	}
+	salt := body[len(slotMagic)+1:][:saltSize]
+	aead, tag, err := slotKeys(root, salt)
+	if err != nil {
+		return nil, err
+	}
+	if !bytes.Equal(body[header-tagSize:header], tag) {
+		return nil, nil
+	}
+	plain, err := aead.Open(nil, make([]byte, aead.NonceSize()), body[header:], body[:header])
+	if err != nil {
+		return nil, fmt.Errorf("%w: not authentic", ErrDamaged)
+	}
+	defer clear(plain)
+	return decodeManifest(plain)
+}
+
+// encode is canonical: keys are sorted, numbers are big-endian.
+func (m *manifest) encode() []byte {
+	e := encoder{}
+	e.u64(m.sequence)
+	e.u64(m.roots)
+	e.text(m.host)
+	e.u32(len(m.keys))
+	for _, id := range m.sorted() {
+		r := m.keys[id]
+		e.text(id.Name)
+		e.u64(id.Incarnation)
+		e.raw(r.entry[:])
+		e.flag(r.voted != nil)
+		if r.voted != nil {
+			e.number(r.voted.Number)
+			e.raw(r.voted.Output[:])
+		}
+		e.number(r.active)
+		e.raw(r.certificate[:])
+		e.u32(len(r.shares))
+		for _, s := range r.shares {
+			e.number(s.number)
+			e.raw(s.output[:])
+			e.raw(s.file[:])
+			e.raw(s.digest[:])
+			e.raw(s.erasure[:])
+		}
+	}
+	return e.b
+}
+
+func decodeManifest(b []byte) (*manifest, error) {
+	d := decoder{b: b}
+	m := &manifest{sequence: d.u64(), roots: d.u64(), host: d.text(), keys: map[KeyID]*record{}}
+	for range d.u32() {
+		if d.failed {
+			break
+		}
+		id := KeyID{Name: d.text(), Incarnation: d.u64()}
+		r := &record{}
+		d.raw(r.entry[:])
+		if d.flag() {
+			r.voted = &Staged{Number: d.number()}
+			d.raw(r.voted.Output[:])
+		}
+		r.active = d.number()
+		d.raw(r.certificate[:])
+		for range d.u32() {
+			if d.failed {
+				break
+			}
+			s := share{number: d.number()}
+			d.raw(s.output[:])
+			d.raw(s.file[:])
+			d.raw(s.digest[:])
+			d.raw(s.erasure[:])
+			r.shares = append(r.shares, s)
+		}
+		m.keys[id] = r
+	}
+	if d.failed || len(d.b) != 0 || !bytes.Equal(m.encode(), b) {
+		return nil, fmt.Errorf("%w: not in canonical form", ErrDamaged)
+	}
+	return m, nil
+}
+
+// encoder appends length-prefixed fields.
+type encoder struct{ b []byte }
+
+func (e *encoder) u64(n uint64)    { e.b = binary.BigEndian.AppendUint64(e.b, n) }
+func (e *encoder) u32(n int)       { e.b = binary.BigEndian.AppendUint32(e.b, uint32(n)) }
+func (e *encoder) raw(b []byte)    { e.b = append(e.b, b...) }
+func (e *encoder) bytes(b []byte)  { e.u32(len(b)); e.raw(b) }
+func (e *encoder) text(s string)   { e.bytes([]byte(s)) }
+func (e *encoder) number(n Number) { e.u64(n.Roster); e.u64(n.Attempt) }
+func (e *encoder) flag(f bool) {
+	if f {
+		e.b = append(e.b, 1)
+	} else {
+		e.b = append(e.b, 0)
+	}
+}
+
+// decoder is the reverse. After a failure it gives zeros.
+type decoder struct {
+	b      []byte
+	failed bool
+}
+
+func (d *decoder) take(n int) []byte {
+	if d.failed || n < 0 || n > len(d.b) {
+		d.failed, d.b = true, nil
+		return nil
+	}
+	out := d.b[:n]
+	d.b = d.b[n:]
+	return out
+}
+
+func (d *decoder) u64() uint64 {
+	if b := d.take(8); b != nil {
+		return binary.BigEndian.Uint64(b)
+	}
+	return 0
+}
+
+func (d *decoder) u32() int {
+	if b := d.take(4); b != nil {
+		return int(binary.BigEndian.Uint32(b))
+	}
+	return 0
+}
+
+func (d *decoder) raw(to []byte)  { copy(to, d.take(len(to))) }
+func (d *decoder) bytes() []byte  { return d.take(d.u32()) }
+func (d *decoder) text() string   { return string(d.bytes()) }
+func (d *decoder) number() Number { return Number{d.u64(), d.u64()} }
+func (d *decoder) flag() bool {
+	b := d.take(1)
+	if len(b) == 1 && b[0] > 1 {
+		d.failed = true
+	}
+	return len(b) == 1 && b[0] == 1
+}

@@ -1,0 +1,617 @@
+// Package vault keeps a host's shares on disk, so that only this host's
+// hardware, in a state that its policy allows, opens them, and so that what was
+// erased stays erased.
+//
+// [Create] makes a vault once, [Open] opens it; [Vault.Stage], [Vault.Vote],
+// [Vault.Activate], [Vault.Lend] and [Vault.Drop] are a share's life.
+//
+// The manifest holds an erasure key for each share and is encrypted under the
+// root, the one erasable secret of the [Protector]. A share is encrypted under
+// HKDF(class key, erasure key, header), where the hardware seals the class key.
+// What must not be forgotten or come back is written under a new root, and
+// [Protector.SetRoot] is the commit: older copies of the folder are noise from
+// then on. What is only added is written under the same root.
+package vault
+
+import (
+	"cmp"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"conseal/internal/failpoint"
+	"conseal/internal/secret"
+)
+
+// Limits of what a vault takes.
+const (
+	MaxShare       = 64 << 10 // bytes
+	MaxPublic      = 64 << 10
+	MaxCertificate = 256 << 10
+	MaxStaged      = 64 // shares of one key that have no certificate
+)
+
+// Errors that callers tell apart.
+var (
+	// ErrExists: Create found a vault that opens.
+	ErrExists = errors.New("there is a vault already")
+	// ErrNotProvisioned: there is no vault and none was ever made with this hardware.
+	ErrNotProvisioned = errors.New("there is no vault yet: run `conseald init`")
+	// ErrNoRoot: there is a vault, but the hardware says that it never had a root.
+	ErrNoRoot = errors.New("the hardware has no root although there is a vault: it was cleared or replaced, and this host's shares are lost; have them recovered by the others")
+	// ErrStale: the hardware's root opens no manifest of this folder.
+	ErrStale = errors.New("the state folder is not the one that this host's hardware committed to last: it is an older copy, another host's, or its manifest was removed; put the present folder back, or have this host's shares recovered by the others")
+	// ErrDamaged: a file does not have the content that was written.
+	ErrDamaged = errors.New("damaged")
+	// ErrUnsure: the hardware did not say whether it took a new root; nothing is written until it does.
+	ErrUnsure = errors.New("the hardware did not say which root it has; nothing is written until it answers")
+	// ErrNoShare: the vault has no such share.
+	ErrNoShare = errors.New("no such share")
+)
+
+// KeyID names a key: a name is used again only with a higher incarnation.
+type KeyID struct {
+	Name        string
+	Incarnation uint64
+}
+
+// Number orders the epochs of a key: the version of the roster that asked for
+// it, then the attempt. Attempts start at 1; the zero Number is none.
+type Number struct{ Roster, Attempt uint64 }
+
+// Compare is negative if n is before o, zero if they are the same.
+func (n Number) Compare(o Number) int {
+	return cmp.Or(cmp.Compare(n.Roster, o.Roster), cmp.Compare(n.Attempt, o.Attempt))
+}
+
+func (n Number) String() string { return fmt.Sprintf("%d.%d", n.Roster, n.Attempt) }
+
+// Output is the digest of all public output of an epoch.
+type Output [32]byte
+
+// Staged is a share that rests in the vault.
+type Staged struct {
+	Number Number
+	Output Output
+}
+
+// Record is what the vault has of a key; a copy, without secrets.
+type Record struct {
+	Key    KeyID
+	Entry  [32]byte // digest of the roster's entry, as first seen with the mark to generate; zero if never
+	Voted  *Staged  // what this host signed, or is about to sign, that it staged
+	Staged []Staged // every share that it holds, the active one too
+	Active Number   // the epoch that has a certificate; zero if none
+}
+
+// Drop names a share to erase.
+type Drop struct {
+	Key    KeyID
+	Number Number
+}
+
+// Stats are figures for operators.
+type Stats struct {
+	Keys  int
+	Roots uint64 // taken in the vault's life: NV memory endures some 100,000 writes
+}
+
+// Vault is an open vault. Its methods may be called by several goroutines.
+type Vault struct {
+	dir       string
+	host      string
+	protector Protector
+	lock      *os.File
+	class     *secret.Bytes // key of the class "held", as long as the vault is open
+
+	now atomic.Pointer[manifest] // what the current slot says; never changed, only replaced
+
+	writing sync.Mutex    // held by the one writer; guards what follows
+	root    *secret.Bytes // the hardware's, as far as is known
+	slot    int           // the slot that root opens
+	unsure  *pending      // a root that the hardware may or may not have taken
+
+	opened struct {
+		sync.Mutex
+		shares map[fileName]*secret.Bytes // opened shares, by file
+	}
+}
+
+// pending is a change whose commit is not known to have happened.
+type pending struct {
+	m    *manifest
+	root *secret.Bytes
+	slot int
+}
+
+// classID binds the class key to its purpose and host.
+func classID(host string) string { return "class/held/" + host }
+
+// Open opens the vault in dir. The error is [ErrNotProvisioned], [ErrStale],
+// [ErrDamaged] or what the hardware says.
+func Open(ctx context.Context, dir, host string, p Protector) (*Vault, error) {
+	lock, err := lockFolder(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("vault %s: %w", dir, ErrNotProvisioned)
+	}
+	if err != nil {
+		return nil, err
+	}
+	v := &Vault{dir: dir, host: host, protector: p, lock: lock}
+	v.opened.shares = map[fileName]*secret.Bytes{}
+	if err := v.open(ctx); err != nil {
+		v.Close()
+		return nil, fmt.Errorf("opening the vault %s: %w", dir, err)
+	}
+	return v, nil
+}
+
+func (v *Vault) open(ctx context.Context) error {
+	root, err := v.protector.Root(ctx)
+	var none NoRoot
+	if errors.As(err, &none) && none.NoRoot() {
+		if v.unfinished() {
+			return ErrNotProvisioned
+		}
+		return fmt.Errorf("%w: %w", ErrNoRoot, err)
+	}
+	if err != nil {
+		return fmt.Errorf("reading the root: %w", err)
+	}
+	v.root = root
+	m, slot, err := v.readSlots(root)
+	if err != nil {
+		return err
+	}
+	if m.host != v.host {
+		return fmt.Errorf("it is the vault of host %q, not of %q", m.host, v.host)
+	}
+	blob, err := readFile(filepath.Join(v.dir, classFile), MaxShare)
+	if err != nil {
+		return err
+	}
+	if v.class, err = v.protector.Open(ctx, classID(v.host), blob); err != nil {
+		return fmt.Errorf("opening %s: %w", classFile, err)
+	}
+	v.slot = slot
+	v.now.Store(m)
+	if err := os.Remove(v.markPath()); err != nil && !errors.Is(err, os.ErrNotExist) { // Create was cut off after its commit
+		return err
+	}
+	return v.sweep(m)
+}
+
+// Create makes an empty vault in dir. It returns [ErrExists] if there is one that
+// opens; what a crash of an earlier Create left is made anew.
+func Create(ctx context.Context, dir, host string, p Protector) error {
+	if err := os.MkdirAll(filepath.Join(dir, sharesFolder), 0o700); err != nil {
+		return fmt.Errorf("making the vault: %w", err)
+	}
+	if err := os.MkdirAll(filepath.Join(dir, certsFolder), 0o700); err != nil {
+		return fmt.Errorf("making the vault: %w", err)
+	}
+	old, err := Open(ctx, dir, host, p)
+	switch {
+	case err == nil:
+		old.Close()
+		return ErrExists
+	case !errors.Is(err, ErrNotProvisioned):
+		return err
+	}
+	lock, err := lockFolder(dir)
+	if err != nil {
+		return err
+	}
+	v := &Vault{dir: dir, host: host, protector: p, lock: lock}
+	defer v.Close()
+	if err := v.create(ctx); err != nil {
+		return fmt.Errorf("making the vault %s: %w", dir, err)
+	}
+	return nil
+}
+
+// create commits by the first root. Until then the hardware has none, and Create
+// starts again.
+func (v *Vault) create(ctx context.Context) error {
+	if err := writeFile(v.markPath(), []byte("conseal init did not finish\n"), "vault/mark"); err != nil {
+		return err
+	}
+	class, blob, err := v.protector.Seal(ctx, classID(v.host))
+	if err != nil {
+		return fmt.Errorf("sealing a key: %w", err)
+	}
+	defer class.Wipe()
+	if err := writeFile(filepath.Join(v.dir, classFile), blob, "vault/class"); err != nil {
+		return err
+	}
+	v.slot = 1 // so that the first is 0
+	if err := v.commit(ctx, &manifest{host: v.host, keys: map[KeyID]*record{}}, true); err != nil {
+		return err
+	}
+	return os.Remove(v.markPath())
+}
+
+// markPath is a file that is there from the start of Create until the first root.
+func (v *Vault) markPath() string { return filepath.Join(v.dir, "unfinished") }
+
+// unfinished tells whether a hardware without a root is no loss: Create did not
+// get to it, or not even to the first manifest.
+func (v *Vault) unfinished() bool {
+	if _, err := os.Stat(v.markPath()); err == nil {
+		return true
+	}
+	for slot := range slots {
+		if _, err := os.Stat(v.slotPath(slot)); err == nil {
+			return false
+		}
+	}
+	return true
+}
+
+// Close wipes what the vault has opened and lets go of the folder.
+func (v *Vault) Close() {
+	v.writing.Lock()
+	defer v.writing.Unlock()
+	v.opened.Lock()
+	defer v.opened.Unlock()
+	for file, s := range v.opened.shares {
+		s.Wipe()
+		delete(v.opened.shares, file)
+	}
+	v.root.Wipe()
+	v.class.Wipe()
+	if v.unsure != nil {
+		v.unsure.root.Wipe()
+	}
+	v.lock.Close()
+}
+
+// Keys returns every key's record, sorted.
+func (v *Vault) Keys() []Record {
+	m := v.now.Load()
+	var out []Record
+	for _, id := range m.sorted() {
+		out = append(out, m.keys[id].export(id))
+	}
+	return out
+}
+
+// Record returns what the vault has of a key.
+func (v *Vault) Record(id KeyID) (Record, bool) {
+	r := v.now.Load().keys[id]
+	if r == nil {
+		return Record{Key: id}, false
+	}
+	return r.export(id), true
+}
+
+// Stats returns figures for operators.
+func (v *Vault) Stats() Stats {
+	m := v.now.Load()
+	return Stats{Keys: len(m.keys), Roots: m.roots}
+}
+
+// See notes for which entry of the roster a key is to be generated. The first
+// that is seen counts; another is an error.
+func (v *Vault) See(ctx context.Context, id KeyID, entry [32]byte) error {
+	if r := v.now.Load().keys[id]; r != nil && r.entry == entry {
+		return nil
+	}
+	return v.change(ctx, id, false, func(r *record) error {
+		if r.entry != ([32]byte{}) && r.entry != entry {
+			return errors.New("its entry in the roster changed since it was first seen")
+		}
+		r.entry = entry
+		return nil
+	})
+}
+
+// Stage stores a new share beside all others: written, synced, read back,
+// decrypted and compared before it counts. public is the public output that
+// output is the digest of. The caller keeps share.
+func (v *Vault) Stage(ctx context.Context, id KeyID, n Number, output Output, public []byte, share *secret.Bytes) error {
+	switch {
+	case share.Len() == 0 || share.Len() > MaxShare || len(public) > MaxPublic:
+		return fmt.Errorf("staging epoch %s of key %q: a share of %d and public output of %d bytes are outside the limits", n, id.Name, share.Len(), len(public))
+	case n.Roster == 0 || n.Attempt == 0 || id.Name == "" || id.Incarnation == 0:
+		return fmt.Errorf("staging epoch %s of key %q, incarnation %d: numbers start at 1", n, id.Name, id.Incarnation)
+	}
+	if r := v.now.Load().keys[id]; r != nil {
+		if r.share(n) != nil {
+			return fmt.Errorf("staging epoch %s of key %q: it is there already", n, id.Name)
+		}
+		if len(r.shares) >= MaxStaged {
+			return fmt.Errorf("staging epoch %s of key %q: %d shares are staged already: raise the key's `incarnation` in the roster", n, id.Name, MaxStaged)
+		}
+	}
+	s, err := v.writeShare(id, n, output, public, share)
+	if err != nil {
+		return fmt.Errorf("staging epoch %s of key %q: %w", n, id.Name, err)
+	}
+	failpoint.Hit("vault/stage/file")
+	return v.change(ctx, id, false, func(r *record) error {
+		if r.share(n) != nil {
+			return fmt.Errorf("epoch %s is there already", n)
+		}
+		r.shares = append(r.shares, *s)
+		return nil
+	})
+}
+
+// Vote makes durable, before anybody hears of it, that this host says it has
+// staged n with that output. It refuses unless the share is there and opens, and
+// n is above all that the host voted for or activated; before a key's birth it
+// votes once. The vote takes a new root, so that no older disk forgets it.
+// Voting the same again is no error.
+func (v *Vault) Vote(ctx context.Context, id KeyID, n Number, output Output) error {
+	vote := Staged{n, output}
+	if r := v.now.Load().keys[id]; r != nil && r.voted != nil && *r.voted == vote {
+		return nil
+	}
+	err := v.Lend(id, n, func([]byte) error { return nil })
+	if err != nil {
+		return err
+	}
+	return v.change(ctx, id, true, func(r *record) error {
+		s := r.share(n)
+		switch {
+		case s == nil || s.output != output:
+			return fmt.Errorf("voting for epoch %s: %w with that output", n, ErrNoShare)
+		case r.voted != nil && r.active == (Number{}):
+			return fmt.Errorf("voting for epoch %s: this host voted for %s, and a key is born once", n, r.voted.Number)
+		case r.voted != nil && n.Compare(r.voted.Number) <= 0 || n.Compare(r.active) <= 0:
+			return fmt.Errorf("voting for epoch %s: a higher one has this host's vote", n)
+		}
+		r.voted = &vote
+		return nil
+	})
+}
+
+// Activate makes a staged epoch the active one. The caller has verified the
+// certificate. Shares of other epochs stay until [Vault.Drop].
+func (v *Vault) Activate(ctx context.Context, id KeyID, n Number, certificate []byte) error {
+	if len(certificate) == 0 || len(certificate) > MaxCertificate {
+		return fmt.Errorf("activating epoch %s of key %q: a certificate of %d bytes", n, id.Name, len(certificate))
+	}
+	if r := v.now.Load().keys[id]; r != nil && r.active == n {
+		return nil
+	}
+	digest, err := v.writeCertificate(certificate)
+	if err != nil {
+		return fmt.Errorf("activating epoch %s of key %q: %w", n, id.Name, err)
+	}
+	failpoint.Hit("vault/activate/certificate")
+	return v.change(ctx, id, false, func(r *record) error {
+		if r.share(n) == nil {
+			return fmt.Errorf("activating epoch %s: %w", n, ErrNoShare)
+		}
+		if n.Compare(r.active) < 0 {
+			return fmt.Errorf("activating epoch %s: %s is active", n, r.active)
+		}
+		r.active, r.certificate = n, digest
+		return nil
+	})
+}
+
+// Drop erases shares for good: once it returns nil, no copy of the folder, older
+// or not, opens them on this host's hardware.
+func (v *Vault) Drop(ctx context.Context, drops []Drop) error {
+	if len(drops) == 0 {
+		return nil
+	}
+	v.writing.Lock()
+	defer v.writing.Unlock()
+	if err := v.settle(ctx); err != nil {
+		return err
+	}
+	next := v.now.Load().clone()
+	var files []fileName
+	for _, d := range drops {
+		r := next.edit(d.Key)
+		if r.active == d.Number {
+			return fmt.Errorf("dropping epoch %s of key %q: it is the active one", d.Number, d.Key.Name)
+		}
+		r.shares = slices.DeleteFunc(r.shares, func(s share) bool {
+			if s.number == d.Number {
+				files = append(files, s.file)
+			}
+			return s.number == d.Number
+		})
+	}
+	if err := v.commit(ctx, next, true); err != nil {
+		return fmt.Errorf("dropping %d shares: %w", len(drops), err)
+	}
+	for _, f := range files {
+		v.forget(f)
+		os.Remove(v.sharePath(f)) // noise already; swept at the next start if it stays
+	}
+	return nil
+}
+
+// Lend opens a share and lends it to fn, which must not keep it.
+func (v *Vault) Lend(id KeyID, n Number, fn func(share []byte) error) error {
+	r := v.now.Load().keys[id]
+	if r == nil {
+		return fmt.Errorf("opening the share of key %q: %w", id.Name, ErrNoShare)
+	}
+	s := r.share(n)
+	if s == nil {
+		return fmt.Errorf("opening the share of key %q, epoch %s: %w", id.Name, n, ErrNoShare)
+	}
+	plain, err := v.openShare(id, s)
+	if err != nil {
+		return fmt.Errorf("opening the share of key %q, epoch %s: %w", id.Name, n, err)
+	}
+	return plain.Use(fn)
+}
+
+func (v *Vault) openShare(id KeyID, s *share) (*secret.Bytes, error) {
+	v.opened.Lock()
+	plain := v.opened.shares[s.file]
+	v.opened.Unlock()
+	if plain != nil {
+		return plain, nil
+	}
+	plain, err := v.readShare(id, s)
+	if err != nil {
+		return nil, err
+	}
+	v.opened.Lock()
+	defer v.opened.Unlock()
+	if first := v.opened.shares[s.file]; first != nil {
+		plain.Wipe()
+		return first, nil
+	}
+	v.opened.shares[s.file] = plain
+	return plain, nil
+}
+
+func (v *Vault) forget(f fileName) {
+	v.opened.Lock()
+	defer v.opened.Unlock()
+	v.opened.shares[f].Wipe()
+	delete(v.opened.shares, f)
+}
+
+// Public returns the public output of a share that the vault holds.
+func (v *Vault) Public(id KeyID, n Number) ([]byte, error) {
+	r := v.now.Load().keys[id]
+	if r == nil || r.share(n) == nil {
+		return nil, fmt.Errorf("public output of key %q, epoch %s: %w", id.Name, n, ErrNoShare)
+	}
+	f, err := v.readShareFile(id, r.share(n))
+	if err != nil {
+		return nil, fmt.Errorf("public output of key %q, epoch %s: %w", id.Name, n, err)
+	}
+	return f.public, nil
+}
+
+// Certificate returns the certificate of the active epoch.
+func (v *Vault) Certificate(id KeyID) ([]byte, error) {
+	r := v.now.Load().keys[id]
+	if r == nil || r.active == (Number{}) {
+		return nil, fmt.Errorf("certificate of key %q: %w", id.Name, ErrNoShare)
+	}
+	return v.readCertificate(r.certificate)
+}
+
+// change edits one key's record and commits.
+func (v *Vault) change(ctx context.Context, id KeyID, newRoot bool, edit func(*record) error) error {
+	v.writing.Lock()
+	defer v.writing.Unlock()
+	if err := v.settle(ctx); err != nil {
+		return err
+	}
+	next := v.now.Load().clone()
+	if err := edit(next.edit(id)); err != nil {
+		return fmt.Errorf("key %q: %w", id.Name, err)
+	}
+	if err := v.commit(ctx, next, newRoot); err != nil {
+		return fmt.Errorf("key %q: writing the manifest: %w", id.Name, err)
+	}
+	return nil
+}
+
+// commit writes a manifest to the slot that the root does not open, and under a
+// new root lets the hardware commit it. v.writing is held, or the vault is new,
+// and v is settled.
+func (v *Vault) commit(ctx context.Context, next *manifest, newRoot bool) error {
+	next.sequence++
+	root := v.root
+	if newRoot {
+		next.roots++
+		root = secret.Random(32)
+	}
+	slot := 1 - v.slot
+	if err := v.writeSlot(slot, next, root); err != nil {
+		if newRoot {
+			root.Wipe()
+		}
+		return err
+	}
+	if !newRoot {
+		v.slot = slot
+		v.now.Store(next)
+		return nil
+	}
+	failpoint.Hit("vault/root/before")
+	v.unsure = &pending{next, root, slot}
+	setErr := v.protector.SetRoot(ctx, root)
+	failpoint.Hit("vault/root/after")
+	if err := v.settle(ctx); err != nil {
+		return errors.Join(setErr, err)
+	}
+	if v.now.Load() != next {
+		return errors.Join(setErr, errors.New("the hardware kept the root that it had"))
+	}
+	return nil // whatever SetRoot said, the hardware has it
+}
+
+// settle finds out which root the hardware has, if that is open: it is read back
+// after each change, and after an error it tells what happened.
+func (v *Vault) settle(ctx context.Context) error {
+	if v.unsure == nil {
+		return nil
+	}
+	root, err := v.protector.Root(ctx)
+	var none NoRoot
+	if v.root == nil && errors.As(err, &none) && none.NoRoot() { // Create, and it was not taken
+		v.unsure.root.Wipe()
+		v.unsure = nil
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrUnsure, err)
+	}
+	defer root.Wipe()
+	p := v.unsure
+	switch {
+	case root.Equal(p.root):
+		v.root.Wipe()
+		v.root, v.slot, v.unsure = p.root, p.slot, nil
+		v.now.Store(p.m)
+		os.Remove(v.slotPath(1 - p.slot)) // noise from now on
+	case v.root != nil && root.Equal(v.root):
+		p.root.Wipe()
+		v.unsure = nil
+	default:
+		return fmt.Errorf("%w: it has a root that this vault never gave it; does another agent use the same hardware slot?", ErrUnsure)
+	}
+	return nil
+}
+
+// lockFolder makes sure of one writer.
+func lockFolder(dir string) (*os.File, error) {
+	path := filepath.Join(dir, "lock")
+	if _, err := os.Stat(dir); err != nil {
+		return nil, fmt.Errorf("vault: %w", err)
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("locking the vault: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		holder := make([]byte, 32)
+		n, _ := f.Read(holder)
+		f.Close()
+		return nil, fmt.Errorf("the vault %s is in use by process %s: stop that agent first", dir, strings.TrimSpace(string(holder[:n])))
+	}
+	if err := f.Truncate(0); err == nil {
+		_, _ = fmt.Fprintf(f, "%d\n", os.Getpid()) // for people only
+	}
+	return f, nil
+}
+
+// fileName is the random name of a share's file.
+type fileName [16]byte
+
+func (f fileName) String() string { return hex.EncodeToString(f[:]) }
