@@ -1,0 +1,161 @@
+// Package api is the client of an agent's sockets.
+//
+// [Dial] a socket, then call [Client.Sign], or take a [crypto.Signer] from
+// [Client.Key]. Programs in other languages speak gRPC, or JSON over HTTP, to
+// the same socket: see conseal.proto.
+package api
+
+//go:generate sh ../../internal/generate.sh
+
+import (
+	"context"
+	"crypto"
+	"crypto/ed25519"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"conseal/agent/api/apipb"
+	"conseal/agent/api/apipb/apipbconnect"
+)
+
+// Default sockets of an agent.
+const (
+	SignSocket  = "/run/conseal/sign.sock"
+	AdminSocket = "/run/conseal/admin.sock"
+)
+
+// Client talks to one socket. It is safe for concurrent use.
+type Client struct {
+	signer apipbconnect.SignerClient
+	admin  apipbconnect.AdminClient
+	http   *http.Client
+}
+
+// Dial returns a client of the unix socket at path. It connects at the first call.
+func Dial(path string) *Client {
+	dialer := net.Dialer{}
+	hc := &http.Client{Transport: &http.Transport{
+		DialContext:         func(ctx context.Context, _, _ string) (net.Conn, error) { return dialer.DialContext(ctx, "unix", path) },
+		MaxIdleConnsPerHost: 64,
+		IdleConnTimeout:     time.Minute,
+		DisableCompression:  true,
+	}}
+	const url = "http://conseal"
+	options := connect.WithClientOptions(connect.WithAcceptCompression("gzip", nil, nil))
+	return &Client{
+		signer: apipbconnect.NewSignerClient(hc, url, options),
+		admin:  apipbconnect.NewAdminClient(hc, url, options),
+		http:   hc,
+	}
+}
+
+// Close gives the connections back.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
+// Sign has a quorum of the key's hosts sign a whole message.
+func (c *Client) Sign(ctx context.Context, key string, message []byte) (*apipb.SignResponse, error) {
+	r, err := c.signer.Sign(ctx, &apipb.SignRequest{Key: key, Message: message})
+	return r, Explain(err)
+}
+
+// GetKey describes a key.
+func (c *Client) GetKey(ctx context.Context, name string) (*apipb.Key, error) {
+	r, err := c.signer.GetKey(ctx, &apipb.GetKeyRequest{Key: name})
+	return r, Explain(err)
+}
+
+// ListKeys describes the keys that the caller may use; on the admin socket, all
+// that the host holds.
+func (c *Client) ListKeys(ctx context.Context) ([]*apipb.Key, error) {
+	r, err := c.signer.ListKeys(ctx, &apipb.ListKeysRequest{})
+	return r.GetKeys(), Explain(err)
+}
+
+// Status says how the agent is. It is served on the admin socket.
+func (c *Client) Status(ctx context.Context) (*apipb.StatusResponse, error) {
+	r, err := c.admin.Status(ctx, &apipb.StatusRequest{})
+	return r, Explain(err)
+}
+
+// Error is what an agent answered instead of a result.
+type Error struct {
+	Code   connect.Code
+	Reason string // stable, for programs; docs/architecture.md lists them. Empty if it is not the agent's.
+	Text   string
+	Next   string // what to do
+}
+
+func (e *Error) Error() string {
+	if e.Next == "" {
+		return e.Text
+	}
+	return e.Text + "\n  to do: " + e.Next
+}
+
+// Explain turns an error of the generated clients into an [*Error].
+func Explain(err error) error {
+	var ce *connect.Error
+	if !errors.As(err, &ce) {
+		return err
+	}
+	out := &Error{Code: ce.Code(), Text: ce.Message()}
+	for _, d := range ce.Details() {
+		if v, err := d.Value(); err == nil {
+			if info, ok := v.(*apipb.ErrorInfo); ok {
+				out.Reason, out.Next = info.Reason, info.Next
+			}
+		}
+	}
+	var op *net.OpError
+	if out.Reason == "" && errors.As(err, &op) && op.Op == "dial" {
+		out.Reason, out.Next = "NO_AGENT", "start the agent, or name its socket with --socket"
+	}
+	return out
+}
+
+// Signer is a key of an agent as a [crypto.Signer].
+type Signer struct {
+	client *Client
+	name   string
+	scheme string
+	public crypto.PublicKey
+}
+
+// Key returns a key as a [crypto.Signer].
+func (c *Client) Key(ctx context.Context, name string) (*Signer, error) {
+	k, err := c.GetKey(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	if len(k.PublicKey) == 0 {
+		return nil, fmt.Errorf("key %q has no public key yet: %s: %s", name, k.Condition, k.Detail)
+	}
+	public, err := x509.ParsePKIXPublicKey(k.PublicKey)
+	if err != nil {
+		return nil, fmt.Errorf("public key of %q: %w", name, err)
+	}
+	return &Signer{client: c, name: name, scheme: k.Scheme, public: public}, nil
+}
+
+// Public returns the key's public key: an [ed25519.PublicKey].
+func (s *Signer) Public() crypto.PublicKey { return s.public }
+
+// Sign signs a whole message: opts.HashFunc() must be zero, as for
+// [ed25519.PrivateKey.Sign]. rand is not used.
+func (s *Signer) Sign(_ io.Reader, message []byte, opts crypto.SignerOpts) ([]byte, error) {
+	if _, ok := s.public.(ed25519.PublicKey); !ok || opts.HashFunc() != 0 {
+		return nil, fmt.Errorf("key %q (%s) signs whole messages, no digests", s.name, s.scheme)
+	}
+	r, err := s.client.Sign(context.Background(), s.name, message)
+	if err != nil {
+		return nil, err
+	}
+	return r.Signature, nil
+}
