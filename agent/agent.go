@@ -1,0 +1,346 @@
+// Package agent is the agent of one host: it holds shares of the keys that the
+// roster gives to the host, makes keys with the other hosts' agents, signs with
+// them, and serves two local sockets.
+//
+// Make one with [New] and run it with [Agent.Run]; main hands in the hardware.
+package agent
+
+import (
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"conseal/agent/epoch"
+	"conseal/agent/peer"
+	"conseal/agent/peer/peerpb"
+	"conseal/agent/vault"
+	"conseal/config"
+	"conseal/protocol"
+)
+
+// Options is what main hands in.
+type Options struct {
+	Config    *config.Host
+	Roster    *config.Roster
+	Protector vault.Protector
+	Identity  crypto.Signer // ECDSA P-256, in the hardware
+	Version   string
+	Log       *slog.Logger
+}
+
+// Agent is one host's agent.
+type Agent struct {
+	self      protocol.HostID
+	config    *config.Host
+	roster    *config.Roster
+	protector vault.Protector
+	identity  crypto.Signer
+	version   string
+	log       *slog.Logger
+	started   time.Time
+	digest    [32]byte // of the roster
+
+	keys     map[string]*key // by name; the map does not change
+	sorted   []*key          // by name
+	net      *peer.Net
+	ledger   *ledger
+	sessions *sessions
+	callers  *callerLimits
+	wake     chan struct{} // tells reconcile to look
+	tasks    sync.WaitGroup
+	ctx      context.Context // ends with Run; for work that peers' frames start
+
+	vault      atomic.Pointer[vault.Vault] // nil until the hardware opens it
+	vaultError atomic.Pointer[string]
+
+	peersMu sync.Mutex
+	peers   map[protocol.HostID]uint64 // roster version of each peer that is up
+}
+
+// New checks what it is given and opens the audit log; it does not touch the
+// hardware yet.
+func New(o Options) (*Agent, error) {
+	if !o.Config.InsecureLab {
+		return nil, errors.New("the roster is not signed: this version runs with unsigned rosters only, and only where the configuration says `insecure_lab = true`")
+	}
+	a := &Agent{
+		self: protocol.HostID(o.Config.Name), config: o.Config, roster: o.Roster, protector: o.Protector,
+		identity: o.Identity, version: o.Version, log: o.Log, started: time.Now(), digest: o.Roster.Digest(),
+		keys: map[string]*key{}, wake: make(chan struct{}, 1), peers: map[protocol.HostID]uint64{},
+		sessions: newSessions(o.Config.Limits.SessionsPerPeer),
+		callers:  newCallerLimits(o.Config.Limits.CallerRate),
+	}
+	if err := a.checkIdentity(); err != nil {
+		return nil, err
+	}
+	for _, entry := range o.Roster.Keys {
+		if !slices.Contains(entry.Hosts, o.Config.Name) {
+			continue
+		}
+		k, err := newKey(entry, o.Roster)
+		if err != nil {
+			return nil, err
+		}
+		a.keys[entry.Name] = k
+	}
+	for _, name := range slices.Sorted(maps.Keys(a.keys)) {
+		a.sorted = append(a.sorted, a.keys[name])
+	}
+	if err := a.network(); err != nil {
+		return nil, err
+	}
+	var err error
+	a.ledger, err = openLedger(o.Config.State)
+	return a, err
+}
+
+// checkIdentity refuses a roster that does not know this host as it is.
+func (a *Agent) checkIdentity() error {
+	host, ok := a.roster.Host(string(a.self))
+	if !ok {
+		return fmt.Errorf("roster %s has no host %q: the configuration's `name` and the roster must agree", a.config.Roster, a.self)
+	}
+	pin, err := config.PinOf(a.identity.Public())
+	if err != nil {
+		return err
+	}
+	if pin != host.Identity {
+		return fmt.Errorf("roster %s pins identity %s for host %q, but this host's is %s: put that into the roster, or find out whose machine this is",
+			a.config.Roster, host.Identity, a.self, pin)
+	}
+	if host.Protector != a.config.Protector.Kind {
+		return fmt.Errorf("roster %s says that host %q has protector %q, its configuration says %q", a.config.Roster, a.self, host.Protector, a.config.Protector.Kind)
+	}
+	return nil
+}
+
+func (a *Agent) network() error {
+	hosts := map[protocol.HostID]peer.Host{}
+	for _, h := range a.roster.Hosts {
+		hosts[protocol.HostID(h.Name)] = peer.Host{Address: h.Address, Pin: h.Identity}
+	}
+	var err error
+	a.net, err = peer.New(peer.Config{
+		Self: a.self, Fleet: a.roster.Fleet, Identity: a.identity, Listen: a.config.Listen.Address, Hosts: hosts,
+		Hello: func() *peerpb.Hello {
+			return &peerpb.Hello{Fleet: a.roster.Fleet, RosterVersion: a.roster.Version, RosterDigest: a.digest[:]}
+		},
+		MaxFrame: a.config.Limits.Message + epoch.MaxCertificate, Rate: a.config.Limits.PeerRate, Log: a.log,
+	}, network{a})
+	return err
+}
+
+// Run serves until ctx ends, and leaves nothing running.
+func (a *Agent) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	a.ctx = ctx
+	defer func() {
+		cancel(nil)
+		a.tasks.Wait()
+		for _, k := range a.sorted {
+			if act := k.active.Load(); act != nil {
+				act.close()
+			}
+		}
+		if v := a.vault.Load(); v != nil {
+			v.Close()
+		}
+		a.ledger.Close()
+	}()
+	a.openVault(ctx)
+	sockets, err := a.listen()
+	if err != nil {
+		return err
+	}
+	run := func(name string, f func(context.Context) error) {
+		a.tasks.Go(func() {
+			if err := f(ctx); err != nil && ctx.Err() == nil {
+				cancel(fmt.Errorf("%s: %w", name, err))
+			}
+		})
+	}
+	run("sockets", sockets.serve)
+	run("peers", a.net.Run)
+	run("reconcile", func(ctx context.Context) error { a.reconcile(ctx); return nil })
+	a.log.Info("running", "host", a.self, "fleet", a.roster.Fleet, "roster", a.roster.Version, "protector", a.protector.Name(),
+		"peers", a.config.Listen.Address, "sign", a.config.Listen.SignSocket, "admin", a.config.Listen.AdminSocket)
+	<-ctx.Done()
+	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
+		return cause
+	}
+	return nil
+}
+
+// openVault opens the vault if it is not open. While the hardware refuses (a PCR
+// changed, a token is away), the agent runs on, says so, and tries again.
+func (a *Agent) openVault(ctx context.Context) {
+	if a.vault.Load() != nil {
+		return
+	}
+	v, err := vault.Open(ctx, VaultFolder(a.config), a.config.Name, a.protector)
+	if err != nil {
+		text := err.Error()
+		if old := a.vaultError.Swap(&text); old == nil || *old != text {
+			a.log.Error("the vault does not open", "error", err)
+		}
+		return
+	}
+	a.vaultError.Store(nil)
+	a.vault.Store(v)
+	a.log.Info("vault open", "protector", a.protector.Name(), "keys", len(v.Keys()), "roots", v.Stats().Roots)
+}
+
+func (a *Agent) vaultProblem() string {
+	if text := a.vaultError.Load(); text != nil {
+		return *text
+	}
+	return "the vault is not open yet"
+}
+
+// VaultFolder is where a host keeps its shares.
+func VaultFolder(c *config.Host) string { return filepath.Join(c.State, "vault") }
+
+// network is the agent as its peers' handler.
+type network struct{ a *Agent }
+
+// Up tells a peer what this host has of the keys they hold together.
+func (n network) Up(host protocol.HostID, hello *peerpb.Hello) {
+	a := n.a
+	a.peersMu.Lock()
+	a.peers[host] = hello.RosterVersion
+	a.peersMu.Unlock()
+	if hello.RosterVersion == a.roster.Version && string(hello.RosterDigest) != string(a.digest[:]) {
+		a.log.Error("two different rosters of one version", "peer", host, "version", a.roster.Version)
+	}
+	for _, k := range a.sorted {
+		if k.holds(host) {
+			a.tell(host, k)
+		}
+	}
+	a.nudge()
+}
+
+// Down ends what was under way with a peer.
+func (n network) Down(host protocol.HostID, cause error) {
+	a := n.a
+	a.peersMu.Lock()
+	delete(a.peers, host)
+	a.peersMu.Unlock()
+	for _, k := range a.sorted {
+		if k.holds(host) {
+			k.lost(host)
+		}
+	}
+	a.sessions.gone(host, cause)
+	a.nudge()
+}
+
+// Frame takes what a peer says.
+func (n network) Frame(from protocol.HostID, f *peerpb.Frame) {
+	a := n.a
+	var err error
+	switch body := f.Body.(type) {
+	case *peerpb.Frame_Step:
+		if body.Step.Round > 0xffff {
+			err = errors.New("a round over 65535")
+			break
+		}
+		a.sessions.deliver(body.Step.Session, event{from: from, step: body.Step})
+	case *peerpb.Frame_End:
+		a.sessions.deliver(body.End.Session, event{from: from, err: &partyError{from, body.End.Reason, body.End.Text}})
+	case *peerpb.Frame_Open:
+		err = a.opened(from, body.Open)
+	case *peerpb.Frame_Key:
+		err = a.hear(from, body.Key)
+	case *peerpb.Frame_Want:
+		a.offer(from, body.Want)
+	case *peerpb.Frame_Certificate:
+		err = a.offered(from, body.Certificate)
+	default:
+		err = fmt.Errorf("a frame of unknown kind %T", body)
+	}
+	if err != nil {
+		a.log.Warn("bad frame", "peer", from, "error", err)
+	}
+}
+
+// opened joins a session that a peer coordinates, in a goroutine of its own.
+func (a *Agent) opened(from protocol.HostID, open *peerpb.Open) error {
+	b, err := parseBinding(open.Binding)
+	if err != nil {
+		return err
+	}
+	if !a.sessions.admit(from) {
+		_ = a.net.Send(from, endFrame(b.ID(), reasonBusy, "too many sessions under way")) // it may be gone
+		return nil
+	}
+	a.tasks.Go(func() {
+		defer a.sessions.release(from)
+		err := a.join(from, b, open)
+		if err == nil || a.ctx.Err() != nil {
+			return
+		}
+		a.log.Warn("session refused or failed", "operation", b.Operation, "key", b.Key, "session", b.ID().String(), "peer", from, "error", err)
+		reason, text := reasonAborted, err.Error()
+		var party *partyError
+		if errors.As(err, &party) && party.reason != "" {
+			reason, text = party.reason, party.text
+		}
+		_ = a.net.Send(from, endFrame(b.ID(), reason, text)) // it may be gone
+	})
+	return nil
+}
+
+func (a *Agent) join(from protocol.HostID, b *protocol.Binding, open *peerpb.Open) error {
+	k := a.keys[b.Key]
+	switch {
+	case k == nil:
+		return &partyError{a.self, reasonDiffers, fmt.Sprintf("its roster gives it no key %q", b.Key)}
+	case b.Operation == "sign":
+		return a.joinSign(a.ctx, from, k, b, open.Message)
+	case b.Operation == "keygen":
+		return a.joinKeygen(a.ctx, from, k, b, open.Staged)
+	}
+	return &partyError{a.self, reasonDiffers, fmt.Sprintf("it does not know operation %q", b.Operation)}
+}
+
+// offer sends a certificate that a peer asked for.
+func (a *Agent) offer(to protocol.HostID, want *peerpb.CertificateRequest) {
+	k := a.keys[want.Key]
+	if k == nil || !k.holds(to) || k.id.Incarnation != want.Incarnation {
+		return
+	}
+	if act := k.active.Load(); act != nil {
+		if encoded, err := act.certificate.Encode(); err == nil {
+			_ = a.net.Send(to, &peerpb.Frame{Body: &peerpb.Frame_Certificate{Certificate: &peerpb.CertificateOffer{Certificate: encoded}}})
+		}
+	}
+}
+
+// offered takes up a certificate that a peer sent.
+func (a *Agent) offered(from protocol.HostID, offer *peerpb.CertificateOffer) error {
+	c, err := epoch.Decode(offer.Certificate)
+	if err != nil {
+		return err
+	}
+	k, v := a.keys[c.Subject.Key.Name], a.vault.Load()
+	if k == nil || v == nil || k.active.Load() != nil {
+		return nil
+	}
+	a.tasks.Go(func() {
+		if err := a.adopt(a.ctx, k, v, c); err != nil {
+			a.log.Warn("certificate not taken up", "peer", from, "key", k.id.Name, "error", err)
+		}
+		a.nudge()
+	})
+	return nil
+}

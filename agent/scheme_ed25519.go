@@ -1,0 +1,65 @@
+package agent
+
+import (
+	"crypto/ed25519"
+
+	"conseal/internal/secret"
+	"conseal/protocol"
+	"conseal/protocol/frost"
+)
+
+// ed25519Scheme is FROST(Ed25519, SHA-512).
+type ed25519Scheme struct{}
+
+func (ed25519Scheme) keygen(id protocol.SessionID, self protocol.HostID, holders []protocol.HostID, quorum int) (generation, error) {
+	k, err := frost.NewKeygen(frost.KeygenConfig{Session: id, Self: self, Holders: holders, Quorum: quorum})
+	return frostKeygen{k}, err
+}
+
+func (ed25519Scheme) inspect(public []byte) (output, error) {
+	g, err := frost.DecodeGroup(public)
+	if err != nil {
+		return output{}, err
+	}
+	return output{key: ed25519.PublicKey(g.PublicKey[:]), pin: g.PublicKey[:], quorum: g.Quorum, holders: g.Holders}, nil
+}
+
+func (ed25519Scheme) load(self protocol.HostID, public, share []byte) (shareholder, error) {
+	g, err := frost.DecodeGroup(public)
+	if err != nil {
+		return nil, err
+	}
+	s, err := frost.LoadShare(g, self, share)
+	if err != nil {
+		return nil, err
+	}
+	return frostShare{s}, nil
+}
+
+type frostKeygen struct{ *frost.Keygen }
+
+func (k frostKeygen) result() (public []byte, share *secret.Bytes, err error) {
+	s, _, err := k.Result()
+	if err != nil {
+		return nil, nil, err
+	}
+	defer s.Wipe()
+	share, err = s.Secret()
+	return s.Group.Encode(), share, err
+}
+
+type frostShare struct{ share *frost.Share }
+
+func (s frostShare) close() { s.share.Wipe() }
+
+func (s frostShare) sign(in signing) (signature, error) {
+	session, err := frost.NewSign(frost.SignConfig{
+		Session: in.id, Self: in.self, Coordinator: in.coordinator, Signers: in.signers,
+		Group: s.share.Group, Share: s.share, Message: in.message,
+	})
+	return frostSign{session}, err
+}
+
+type frostSign struct{ *frost.Sign }
+
+func (s frostSign) result() ([]byte, error) { return s.Signature() }

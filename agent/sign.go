@@ -1,0 +1,325 @@
+package agent
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	mathrand "math/rand/v2"
+	"slices"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"conseal/agent/api/apipb"
+	"conseal/agent/peer/peerpb"
+	"conseal/protocol"
+)
+
+// attemptShare is the part of a request's deadline that one attempt may take, so
+// that a host that hangs leaves time for another quorum.
+const attemptShare = 4
+
+// failedFor is how long a host that failed in a session is asked last.
+const failedFor = 30 * time.Second
+
+// request is one request for a signature, at the host that was asked.
+type request struct {
+	k       *key
+	act     *active
+	message []byte
+	digest  [32]byte
+	caller  caller
+}
+
+// sign has a message signed by a quorum, trying one quorum after another until
+// the deadline. The caller's right to ask was checked.
+func (a *Agent) sign(ctx context.Context, r *request) (*apipb.SignResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, a.config.Limits.SignDeadline)
+	defer cancel()
+	var failures []error
+	excluded := map[protocol.HostID]bool{}
+	for {
+		signers := a.pick(r.k, r.act, excluded)
+		if signers == nil {
+			return nil, a.noQuorum(r.k, failures)
+		}
+		session, sig, err := a.attempt(ctx, r, signers)
+		if err == nil {
+			return &apipb.SignResponse{Signature: sig, PublicKey: r.act.spki, Signers: names(signers), Session: session.String()}, nil
+		}
+		failures = append(failures, err)
+		a.log.Warn("signing session failed", "key", r.k.id.Name, "session", session.String(), "signers", signers, "error", err)
+		if ctx.Err() != nil || errors.Is(err, errLedger) {
+			return nil, a.signFailed(ctx, r.k, failures)
+		}
+		if !r.k.blame(err, a.self, excluded) {
+			return nil, a.signFailed(ctx, r.k, failures)
+		}
+	}
+}
+
+// blame leaves the hosts that a failed session was due to out of this request's
+// next attempts, and remembers them for a while. It tells whether there was one:
+// without, another attempt would fail in the same way.
+func (k *key) blame(err error, self protocol.HostID, excluded map[protocol.HostID]bool) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	found := false
+	for _, h := range culprits(err) {
+		if h != self {
+			excluded[h], found = true, true
+			k.failed[h] = time.Now()
+		}
+	}
+	return found
+}
+
+// culprits collects the hosts that an error names.
+func culprits(err error) (hosts []protocol.HostID) {
+	var party *partyError
+	var fault *protocol.Fault
+	switch joined := err.(type) { //nolint:errorlint // walks the tree itself
+	case interface{ Unwrap() []error }:
+		for _, e := range joined.Unwrap() {
+			hosts = append(hosts, culprits(e)...)
+		}
+		return hosts
+	}
+	if errors.As(err, &fault) {
+		return []protocol.HostID{fault.Host}
+	}
+	if errors.As(err, &party) {
+		return []protocol.HostID{party.host}
+	}
+	return nil
+}
+
+// pick chooses a quorum among the live hosts: this one, then such as did not
+// fail lately, in random order so that the work spreads. It is sorted; nil if
+// too few are live.
+func (a *Agent) pick(k *key, act *active, excluded map[protocol.HostID]bool) []protocol.HostID {
+	live := slices.DeleteFunc(k.live(a.self), func(h protocol.HostID) bool { return excluded[h] })
+	quorum := act.output.quorum
+	if len(live) < quorum {
+		return nil
+	}
+	mathrand.Shuffle(len(live), func(i, j int) { live[i], live[j] = live[j], live[i] })
+	k.mu.Lock()
+	rank := func(h protocol.HostID) int {
+		switch {
+		case h == a.self:
+			return 0
+		case time.Since(k.failed[h]) > failedFor:
+			return 1
+		}
+		return 2
+	}
+	slices.SortStableFunc(live, func(x, y protocol.HostID) int { return rank(x) - rank(y) })
+	k.mu.Unlock()
+	signers := live[:quorum]
+	slices.Sort(signers)
+	return signers
+}
+
+// attempt runs one session with fresh nonces.
+func (a *Agent) attempt(ctx context.Context, r *request, signers []protocol.HostID) (protocol.SessionID, []byte, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, a.config.Limits.SignDeadline/attemptShare, errors.New("the attempt took too long"))
+	defer cancel()
+	var nonce [32]byte
+	rand.Read(nonce[:])
+	b := a.signBinding(r.k, r.act, signers, r.digest, nonce)
+	id := b.ID()
+	box, err := a.sessions.open(id, a.self, signers)
+	if err != nil {
+		return id, nil, err
+	}
+	defer a.sessions.close(box)
+	logged := a.ledger.Append(entry{
+		Event: "ask", Key: r.k.id.Name, Epoch: r.act.certificate.Subject.Number.String(), Session: id.String(),
+		Asker: string(a.self), Signers: names(signers), Caller: &r.caller, SHA256: hex.EncodeToString(r.digest[:]), Size: len(r.message),
+	})
+	open := &peerpb.Frame{Body: &peerpb.Frame_Open{Open: &peerpb.Open{Binding: wireBinding(&b), Message: r.message}}}
+	for _, h := range box.parties {
+		if err := a.net.Send(h, open); err != nil {
+			err = &partyError{host: h, text: err.Error()}
+			hangUp(box, a.net.Send, err)
+			return id, nil, err
+		}
+	}
+	session, err := r.act.sign(signing{id: id, self: a.self, coordinator: a.self, signers: signers, message: r.message})
+	if err != nil {
+		hangUp(box, a.net.Send, err)
+		return id, nil, err
+	}
+	defer session.Close()
+	if err := drive(ctx, a.self, session, box, a.afterEntry(ctx, logged), nil); err != nil {
+		return id, nil, err
+	}
+	sig, err := session.result()
+	return id, sig, errors.Join(err, logged(ctx))
+}
+
+// afterEntry returns a sender that lets only commitments out (round 1) before
+// the entry in the audit log is on disk.
+func (a *Agent) afterEntry(ctx context.Context, logged func(context.Context) error) sender {
+	return func(to protocol.HostID, f *peerpb.Frame) error {
+		if step := f.GetStep(); step != nil && step.Round > 1 {
+			if err := logged(ctx); err != nil {
+				return err
+			}
+		}
+		return a.net.Send(to, f)
+	}
+}
+
+func (a *Agent) signBinding(k *key, act *active, signers []protocol.HostID, request, nonce [32]byte) protocol.Binding {
+	b := k.binding("sign", act.certificate.Subject.Number, signers, nonce)
+	b.Certificate, b.Quorum, b.Request = act.id, uint64(act.output.quorum), request
+	return b
+}
+
+// joinSign lends this host's share to a signature that another host asks for, if
+// this host's own roster and limits allow it.
+func (a *Agent) joinSign(ctx context.Context, from protocol.HostID, k *key, b *protocol.Binding, message []byte) error {
+	act := k.active.Load()
+	if err := a.maySign(from, k, act, b, message); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, a.config.Limits.SignDeadline/attemptShare, errors.New("the asking host took too long"))
+	defer cancel()
+	box, err := a.sessions.open(b.ID(), a.self, []protocol.HostID{from})
+	if err != nil {
+		return &partyError{a.self, reasonBusy, err.Error()}
+	}
+	defer a.sessions.close(box)
+	logged := a.ledger.Append(entry{
+		Event: "sign", Key: k.id.Name, Epoch: act.certificate.Subject.Number.String(), Session: box.id.String(),
+		Asker: string(from), Signers: names(b.Parties), SHA256: hex.EncodeToString(b.Request[:]), Size: len(message),
+	})
+	session, err := act.sign(signing{id: box.id, self: a.self, coordinator: from, signers: b.Parties, message: message})
+	if err != nil {
+		return err
+	}
+	defer session.Close()
+	return drive(ctx, a.self, session, box, a.afterEntry(ctx, logged), nil)
+}
+
+// maySign is where a host decides by itself whether its share is used.
+func (a *Agent) maySign(from protocol.HostID, k *key, act *active, b *protocol.Binding, message []byte) error {
+	refuse := func(reason, format string, args ...any) error {
+		return &partyError{a.self, reason, fmt.Sprintf(format, args...)}
+	}
+	switch {
+	case k.entry.State == "suspended":
+		return refuse(reasonSuspended, "the key is suspended by its roster")
+	case k.entry.State != "active":
+		return refuse(reasonRefused, "the key is %s by its roster", k.entry.State)
+	case act == nil:
+		return refuse(reasonNotReady, "it has no share of the key ready")
+	case !k.asks(from):
+		return refuse(reasonRefused, "its roster does not let host %q ask for this key", from)
+	case len(message) == 0 || len(message) > a.config.Limits.Message:
+		return refuse(reasonRefused, "a message of %d bytes is outside its limits of 1 to %d", len(message), a.config.Limits.Message)
+	case sha256.Sum256(message) != b.Request:
+		return refuse(reasonDiffers, "the message is another than the session is about")
+	}
+	if err := protocol.CheckParties(a.self, b.Parties); err != nil {
+		return refuse(reasonDiffers, "%v", err)
+	}
+	if len(b.Parties) != act.output.quorum {
+		return refuse(reasonDiffers, "%d signers for a quorum of %d", len(b.Parties), act.output.quorum)
+	}
+	for _, h := range b.Parties {
+		if !k.holds(h) {
+			return refuse(reasonDiffers, "host %q holds no share", h)
+		}
+	}
+	mine := a.signBinding(k, act, b.Parties, b.Request, b.Nonce)
+	if text := mine.Differs(b); text != "" {
+		return refuse(reasonDiffers, "we differ on %s", text)
+	}
+	return nil
+}
+
+func (k *key) holds(h protocol.HostID) bool { return slices.Contains(k.holders, h) }
+
+// asks tells whether a host may ask the others to sign.
+func (k *key) asks(h protocol.HostID) bool {
+	if len(k.entry.Askers) == 0 {
+		return k.holds(h)
+	}
+	return slices.Contains(k.entry.Askers, string(h))
+}
+
+// noQuorum says who is missing, and what the attempts failed of, if there were any.
+func (a *Agent) noQuorum(k *key, failures []error) error {
+	live := k.live(a.self)
+	text := fmt.Sprintf("key %q: %d of %d hosts are there: %s", k.id.Name, len(live), k.entry.Quorum, a.missing(k, live))
+	if len(failures) > 0 {
+		text = fmt.Sprintf("key %q: no quorum of %d gave a signature: %s", k.id.Name, k.entry.Quorum, joinErrors(failures))
+	}
+	return &apiError{connect.CodeUnavailable, "NO_QUORUM", text,
+		"start the agents that are missing or mend the network between them, and ask again; `conseal status` shows who is connected"}
+}
+
+func (a *Agent) signFailed(ctx context.Context, k *key, failures []error) error {
+	last := failures[len(failures)-1]
+	switch {
+	case errors.Is(last, errLedger):
+		return &apiError{connect.CodeUnavailable, "AUDIT_LOG", last.Error(), "nothing was signed; make room on the disk of the state folder, and ask again"}
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		return &apiError{connect.CodeDeadlineExceeded, "DEADLINE", fmt.Sprintf("key %q: no signature in time: %s", k.id.Name, joinErrors(failures)),
+			"ask again; if it stays so, `conseal status` and the agents' logs say which host is slow"}
+	case ctx.Err() != nil:
+		return &apiError{connect.CodeCanceled, "CANCELED", fmt.Sprintf("key %q: the caller left", k.id.Name), "ask again"}
+	}
+	return &apiError{connect.CodeInternal, "SIGNING_FAILED", fmt.Sprintf("key %q: %s", k.id.Name, joinErrors(failures)), "see the agents' logs"}
+}
+
+func joinErrors(errs []error) string {
+	var text []string
+	for _, err := range errs {
+		text = append(text, strings.ReplaceAll(err.Error(), "\n", "; "))
+	}
+	return strings.Join(text, "; then ")
+}
+
+// missing lists the holders that are not live, with the reason.
+func (a *Agent) missing(k *key, live []protocol.HostID) string {
+	var missing []protocol.HostID
+	for _, h := range k.holders {
+		if !slices.Contains(live, h) {
+			missing = append(missing, h)
+		}
+	}
+	if len(missing) == 0 {
+		return "none is missing"
+	}
+	return "missing " + a.whyMissing(missing)
+}
+
+// whyMissing says of each host why it cannot be counted on.
+func (a *Agent) whyMissing(hosts []protocol.HostID) string {
+	states := map[protocol.HostID]string{}
+	for _, s := range a.net.States() {
+		switch {
+		case s.Connected:
+			states[s.Host] = "connected, but its share is not ready"
+		case s.Err != "":
+			states[s.Host] = s.Err
+		default:
+			states[s.Host] = "not connected"
+		}
+	}
+	var text []string
+	for _, h := range hosts {
+		if h != a.self {
+			text = append(text, fmt.Sprintf("%q (%s)", h, states[h]))
+		}
+	}
+	return strings.Join(text, ", ")
+}
