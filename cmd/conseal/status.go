@@ -1,0 +1,183 @@
+package main
+
+import (
+	"encoding/hex"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+
+	"conseal/agent/api"
+	"conseal/agent/api/apipb"
+)
+
+func statusCommand(e *env) *cobra.Command {
+	c := &cobra.Command{
+		Use:   "status",
+		Short: "How the agent, its hardware, its peers and its keys are (admin socket)",
+		Args:  args(0, 0),
+		RunE: func(c *cobra.Command, _ []string) error {
+			client, err := e.dial()
+			if err != nil {
+				return err
+			}
+			defer client.Close()
+			s, err := client.Status(c.Context())
+			if err != nil {
+				return err
+			}
+			if e.json {
+				return printJSON(e.out, s)
+			}
+			return printStatus(e.out, s)
+		},
+	}
+	e.socketFlag(c, "CONSEAL_ADMIN_SOCKET", api.AdminSocket)
+	return c
+}
+
+func printStatus(w io.Writer, s *apipb.StatusResponse) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(t, "host\t%s of fleet %s\n", s.Host, s.Fleet)
+	fmt.Fprintf(t, "version\t%s, running since %s\n", s.Version, s.Started)
+	fmt.Fprintf(t, "roster\tversion %d, digest %s\n", s.RosterVersion, short(s.RosterDigest))
+	if s.ProtectorError == "" {
+		fmt.Fprintf(t, "protector\t%s: open, %d roots written\n", s.Protector, s.Roots)
+	} else {
+		fmt.Fprintf(t, "protector\t%s: CLOSED: %s\n", s.Protector, s.ProtectorError)
+	}
+	fmt.Fprintf(t, "\nPEER\tADDRESS\tSTATE\tSINCE\tROSTER\n")
+	for _, p := range s.Peers {
+		if p.Connected {
+			fmt.Fprintf(t, "%s\t%s\tconnected\t%s\t%d\n", p.Name, p.Address, p.Since, p.RosterVersion)
+		} else {
+			fmt.Fprintf(t, "%s\t%s\tDOWN: %s\t%s\t\n", p.Name, p.Address, p.Error, p.Since)
+		}
+	}
+	fmt.Fprintln(t)
+	printKeys(t, s.Keys)
+	return t.Flush()
+}
+
+func printKeys(t io.Writer, keys []*apipb.Key) {
+	fmt.Fprintf(t, "KEY\tSCHEME\tQUORUM\tHOSTS\tSTATE\tCONDITION\n")
+	for _, k := range keys {
+		condition := k.Condition
+		if k.Detail != "" {
+			condition += ": " + k.Detail
+		}
+		fmt.Fprintf(t, "%s\t%s\t%d of %d\t%s\t%s\t%s\n", k.Name, k.Scheme, k.Quorum, len(k.Hosts), strings.Join(k.Hosts, ","), k.State, condition)
+	}
+}
+
+func keysCommand(e *env) *cobra.Command {
+	c := &cobra.Command{
+		Use:   "keys",
+		Short: "List the keys that you may use",
+		Args:  args(0, 0),
+		RunE: func(c *cobra.Command, _ []string) error {
+			client, err := e.dial()
+			if err != nil {
+				return err
+			}
+			defer client.Close()
+			keys, err := client.ListKeys(c.Context())
+			if err != nil {
+				return err
+			}
+			if e.json {
+				return printJSON(e.out, &apipb.ListKeysResponse{Keys: keys})
+			}
+			if len(keys) == 0 {
+				_, err := fmt.Fprintln(e.out, "no key of this host's roster lists you among its users")
+				return err
+			}
+			t := tabwriter.NewWriter(e.out, 0, 0, 2, ' ', 0)
+			printKeys(t, keys)
+			return t.Flush()
+		},
+	}
+	e.socketFlag(c, "CONSEAL_SIGN_SOCKET", api.SignSocket)
+	return c
+}
+
+func keyCommand(e *env) *cobra.Command {
+	c := &cobra.Command{Use: "key", Short: "One key", Args: cobra.NoArgs}
+	var asPEM bool
+	var wait time.Duration
+	show := &cobra.Command{
+		Use:   "show KEY",
+		Short: "Describe a key, or print its public key",
+		Example: `  conseal key show release
+  conseal key show release --pem > release.pem
+  conseal key show release --wait 30s`,
+		Args: args(1, 1),
+		RunE: func(c *cobra.Command, args []string) error {
+			client, err := e.dial()
+			if err != nil {
+				return err
+			}
+			defer client.Close()
+			k, err := waitReady(c.Context(), client, args[0], wait)
+			if err != nil {
+				return err
+			}
+			switch {
+			case asPEM && len(k.PublicKey) == 0:
+				return fmt.Errorf("key %q has no public key yet: %s: %s", k.Name, k.Condition, k.Detail)
+			case asPEM:
+				return pem.Encode(e.out, &pem.Block{Type: "PUBLIC KEY", Bytes: k.PublicKey})
+			case e.json:
+				return printJSON(e.out, k)
+			}
+			return printKey(e.out, k)
+		},
+	}
+	e.socketFlag(show, "CONSEAL_SIGN_SOCKET", api.SignSocket)
+	show.Flags().BoolVar(&asPEM, "pem", false, "print the public key only, as PEM")
+	show.Flags().DurationVar(&wait, "wait", 0, "wait this long for the key to be ready")
+	c.AddCommand(show)
+	return c
+}
+
+func printKey(w io.Writer, k *apipb.Key) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	line := func(name, format string, args ...any) { fmt.Fprintf(t, name+"\t"+format+"\n", args...) }
+	line("key", "%s, incarnation %d", k.Name, k.Incarnation)
+	line("purpose", "%s", k.Purpose)
+	line("scheme", "%s", k.Scheme)
+	line("quorum", "%d of %d: %s", k.Quorum, len(k.Hosts), strings.Join(k.Hosts, ", "))
+	line("there now", "%s", strings.Join(k.Live, ", "))
+	line("state", "%s by the roster", k.State)
+	line("condition", "%s", k.Condition)
+	if k.Detail != "" {
+		line("", "%s", k.Detail)
+	}
+	if len(k.PublicKey) > 0 {
+		line("public key", "%s", hex.EncodeToString(k.PublicKey))
+		line("epoch", "%d.%d, certificate %s", k.EpochRoster, k.EpochAttempt, short(k.Certificate))
+	}
+	return t.Flush()
+}
+
+func printJSON(w io.Writer, m proto.Message) error {
+	b, err := protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: true}.Marshal(m)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintln(w, string(b))
+	return err
+}
+
+func short(b []byte) string {
+	if len(b) > 8 {
+		return hex.EncodeToString(b[:8]) + "..."
+	}
+	return hex.EncodeToString(b)
+}

@@ -1,0 +1,147 @@
+package main
+
+import (
+	"context"
+	"crypto"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"conseal/agent/vault"
+	"conseal/config"
+	"conseal/hsm"
+	"conseal/tpm"
+)
+
+// hardware is the TPM or HSM of this host, opened.
+type hardware struct {
+	protector vault.Protector
+	identity  crypto.Signer
+	close     func() error
+}
+
+// openHardware opens what `conseald init` provisioned.
+func openHardware(ctx context.Context, c *config.Host) (*hardware, error) {
+	if c.Protector.Kind == "hsm" {
+		return openHSM(ctx, c)
+	}
+	return openTPM(ctx, c)
+}
+
+func openTPM(ctx context.Context, c *config.Host) (*hardware, error) {
+	kept, err := readTPMRecord(c)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("this host was not initialised: run `conseald init`: %w", err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	t, err := tpm.Open(ctx, tpmConfig(c, kept))
+	if err != nil {
+		return nil, err
+	}
+	closeTPM := func() error {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		defer cancel()
+		return t.Close(ctx)
+	}
+	identity, err := t.Identity(ctx, kept.Identity)
+	if err != nil {
+		return nil, errors.Join(err, closeTPM())
+	}
+	return &hardware{t, identity, closeTPM}, nil
+}
+
+func openHSM(ctx context.Context, c *config.Host) (*hardware, error) {
+	h, err := hsm.Open(ctx, hsmConfig(c))
+	if err != nil {
+		return nil, err
+	}
+	identity, err := h.Identity(ctx)
+	if err != nil {
+		h.Close()
+		return nil, err
+	}
+	return &hardware{h, identity, func() error { h.Close(); return nil }}, nil
+}
+
+func hsmConfig(c *config.Host) hsm.Config {
+	m := &c.Protector.HSM
+	return hsm.Config{
+		URI: m.URI, Name: c.Name, Modules: m.Modules, PINSource: m.PIN, StateDir: hsmFolder(c), MaxSessions: m.MaxSessions,
+	}
+}
+
+func hsmFolder(c *config.Host) string { return filepath.Join(c.State, "hsm") }
+
+func tpmConfig(c *config.Host, kept *tpmRecord) tpm.Config {
+	t := &c.Protector.TPM
+	return tpm.Config{
+		Device: t.Device, Timeout: t.Timeout, PCRs: t.PCRs, NVRoot: t.NVRoot, SRKHandle: t.SRKHandle,
+		SRKName: kept.SRKName, PCRWanted: kept.PCRWanted, Identity: kept.Identity,
+	}
+}
+
+// tpmRecord is what provisioning a TPM gave, kept in the state folder. None of
+// it is secret.
+type tpmRecord struct {
+	Version   int            `json:"version"`
+	SRKName   []byte         `json:"srk_name"`
+	PCRWanted map[int][]byte `json:"pcr_wanted"`
+	Identity  []byte         `json:"identity"`
+}
+
+func tpmRecordPath(c *config.Host) string { return filepath.Join(c.State, "tpm.json") }
+
+func readTPMRecord(c *config.Host) (*tpmRecord, error) {
+	path := tpmRecordPath(c)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	r := &tpmRecord{}
+	if err := json.Unmarshal(b, r); err != nil {
+		return nil, fmt.Errorf("%s is damaged: %w: put it back from a backup (it holds no secret)", path, err)
+	}
+	if r.Version != 1 {
+		return nil, fmt.Errorf("%s has format version %d, this program knows 1", path, r.Version)
+	}
+	return r, nil
+}
+
+// write keeps the record, whole or not at all.
+func (r *tpmRecord) write(c *config.Host) error {
+	b, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return err
+	}
+	return writeFile(tpmRecordPath(c), append(b, '\n'))
+}
+
+// writeFile writes a file so that a crash leaves the old one or the new one.
+func writeFile(path string, b []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name()) // gone already once it is renamed
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(f.Name(), path); err != nil {
+		return err
+	}
+	d, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

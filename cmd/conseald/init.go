@@ -1,0 +1,122 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"conseal/agent"
+	"conseal/agent/vault"
+	"conseal/config"
+	"conseal/hsm"
+	"conseal/tpm"
+)
+
+func initCommand(file *string, out io.Writer) *cobra.Command {
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "init",
+		Short: "Make this host's identity and vault in its hardware, and print its line for the roster",
+		Long: `Make this host's identity key in its TPM or HSM, and an empty vault under it,
+and print the host's entry for the roster.
+
+A second run makes what is missing, changes nothing that is there, and prints
+the same entry.`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return initialise(c.Context(), *file, out, asJSON) },
+	}
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON, for programs")
+	return c
+}
+
+func initialise(ctx context.Context, file string, out io.Writer, asJSON bool) error {
+	c, err := config.Load(file)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(c.State, 0o700); err != nil {
+		return fmt.Errorf("making the state folder: %w", err)
+	}
+	steps, err := provision(ctx, c)
+	if err != nil {
+		return err
+	}
+	hw, err := openHardware(ctx, c)
+	if err != nil {
+		return err
+	}
+	step, err := createVault(ctx, c, hw.protector)
+	if err != nil {
+		return errors.Join(err, hw.close())
+	}
+	pin, err := config.PinOf(hw.identity.Public())
+	if err := errors.Join(err, hw.close()); err != nil {
+		return err
+	}
+	return report(out, c, pin, append(steps, step), asJSON)
+}
+
+// provision makes what is missing in the hardware and returns the steps in words.
+func provision(ctx context.Context, c *config.Host) ([]string, error) {
+	if c.Protector.Kind == "hsm" {
+		if err := os.MkdirAll(hsmFolder(c), 0o700); err != nil {
+			return nil, err
+		}
+		p, err := hsm.Provision(ctx, hsmConfig(c))
+		var steps []string
+		for _, s := range p.Steps {
+			steps = append(steps, s.Object+": "+s.Done)
+		}
+		return steps, err
+	}
+	kept, err := readTPMRecord(c)
+	if errors.Is(err, fs.ErrNotExist) {
+		kept, err = &tpmRecord{Version: 1}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	p, err := tpm.Provision(ctx, tpmConfig(c, kept))
+	if err != nil {
+		return nil, err
+	}
+	kept.SRKName, kept.PCRWanted, kept.Identity = p.SRKName, p.PCRWanted, p.Identity
+	return p.Steps, kept.write(c)
+}
+
+func createVault(ctx context.Context, c *config.Host, p vault.Protector) (step string, err error) {
+	err = vault.Create(ctx, agent.VaultFolder(c), c.Name, p)
+	if errors.Is(err, vault.ErrExists) {
+		return "vault " + agent.VaultFolder(c) + ": already there", nil
+	}
+	return "vault " + agent.VaultFolder(c) + ": made", err
+}
+
+func report(out io.Writer, c *config.Host, pin config.Pin, steps []string, asJSON bool) error {
+	if asJSON {
+		return json.NewEncoder(out).Encode(map[string]any{
+			"name": c.Name, "identity": pin.String(), "protector": c.Protector.Kind, "steps": steps,
+		})
+	}
+	for _, s := range steps {
+		fmt.Fprintln(out, s)
+	}
+	_, err := fmt.Fprintf(out, `
+This host's entry for the roster (put in the address where other hosts reach it):
+
+[[host]]
+name = %q
+address = "%s:7443"
+identity = %q
+protector = %q
+
+To compare aloud: %s
+`, c.Name, c.Name, pin, c.Protector.Kind, pin.Grouped())
+	return err
+}
