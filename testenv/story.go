@@ -1,0 +1,249 @@
+package testenv
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// Stories returns testscript parameters for the stories in dir: scripts that run
+// the real programs, walkthroughs for people and tests at once. What happens is
+// told to live as it happens, which may be [io.Discard].
+//
+// Beside testscript's own, a story has these commands:
+//
+//	say TEXT               tell the reader something
+//	fleet KIND...          make hosts alpha, beta, gamma, ... with a tpm or an hsm each, and initialise them
+//	key NAME SCHEME T      declare a key of all hosts with quorum T; the roster is written with the next `up`
+//	up [HOST...]           start agents, all unless named
+//	down [HOST...]         stop agents in order, all unless named
+//	crash HOST...          end agents as a power cut would
+//	ready KEY              wait until all running agents have the key ready
+//	on HOST                let conseal talk to this host's sockets from now on
+//	run PROGRAM ARG...     run a program and show what it prints; `! run` wants it to fail
+//	end                    the last line: a story counts as told only when it got here
+//
+// ended tells how many stories were told to their end.
+func Stories(ctx context.Context, bin Binaries, dir string, live io.Writer) (p testscript.Params, ended func() int) {
+	s := &storyteller{ctx: ctx, bin: bin, live: live}
+	p = testscript.Params{
+		Dir: dir,
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("PATH", filepath.Dir(bin.Client)+string(os.PathListSeparator)+e.Getenv("PATH"))
+			e.Values[fleetKey{}] = &story{}
+			e.Defer(func() {
+				if f := e.Values[fleetKey{}].(*story).fleet; f != nil {
+					f.Close()
+				}
+			})
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"say": s.say, "fleet": s.fleet, "key": s.key, "up": s.up, "down": s.down,
+			"crash": s.crash, "ready": s.ready, "on": s.on, "run": s.run, "end": s.end,
+		},
+	}
+	return p, func() int { return int(s.ended.Load()) }
+}
+
+// stepTimeout bounds one step of a story, so that a hang ends as an error.
+const stepTimeout = 2 * time.Minute
+
+type fleetKey struct{}
+
+// story is one script's state.
+type story struct {
+	fleet   *Fleet
+	version int
+	written string // the keys that the roster has
+}
+
+type storyteller struct {
+	ctx   context.Context
+	bin   Binaries
+	live  io.Writer
+	ended atomic.Int32
+}
+
+func (s *storyteller) end(ts *testscript.TestScript, neg bool, _ []string) {
+	s.step(ts, neg, func(context.Context, *story) error { s.ended.Add(1); return nil })
+}
+
+func storyOf(ts *testscript.TestScript) *story { return ts.Value(fleetKey{}).(*story) }
+
+// step runs fn with a deadline; a story's own commands cannot be negated.
+func (s *storyteller) step(ts *testscript.TestScript, neg bool, fn func(ctx context.Context, st *story) error) {
+	if neg {
+		ts.Fatalf("only `run` can be wanted to fail")
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, stepTimeout)
+	defer cancel()
+	ts.Check(fn(ctx, storyOf(ts)))
+}
+
+func (s *storyteller) tell(format string, args ...any) { fmt.Fprintf(s.live, format+"\n", args...) }
+
+func (s *storyteller) say(ts *testscript.TestScript, neg bool, args []string) {
+	s.tell("\n== %s", strings.Join(args, " "))
+}
+
+func (s *storyteller) fleet(ts *testscript.TestScript, neg bool, kinds []string) {
+	s.step(ts, neg, func(ctx context.Context, st *story) (err error) {
+		if st.fleet, err = NewFleet(ctx, s.bin, kinds...); err != nil {
+			return err
+		}
+		if err := st.fleet.Init(ctx); err != nil {
+			return err
+		}
+		for _, h := range st.fleet.Hosts {
+			ts.Setenv(strings.ToUpper(h.Name)+"_CONFIG", h.ConfigFile())
+			s.tell("   %s: %s, identity %.23s...", h.Name, map[string]string{"tpm": "swtpm", "hsm": "SoftHSM"}[h.Protector], h.Identity)
+		}
+		ts.Setenv("ROSTER", st.fleet.RosterFile())
+		return nil
+	})
+}
+
+func (s *storyteller) key(ts *testscript.TestScript, neg bool, args []string) {
+	s.step(ts, neg, func(_ context.Context, st *story) error {
+		var quorum int
+		if len(args) != 3 || st.fleet == nil {
+			return errors.New("usage, after fleet: key NAME SCHEME QUORUM")
+		}
+		if _, err := fmt.Sscan(args[2], &quorum); err != nil {
+			return err
+		}
+		st.fleet.Keys += st.fleet.Key(args[0], args[1], quorum)
+		return nil
+	})
+}
+
+func (s *storyteller) hosts(st *story, names []string) (hosts []*Host, err error) {
+	if st.fleet == nil {
+		return nil, errors.New("there is no fleet yet")
+	}
+	if len(names) == 0 {
+		return st.fleet.Hosts, nil
+	}
+	for _, name := range names {
+		h := st.fleet.Host(name)
+		if h == nil {
+			return nil, fmt.Errorf("no host %q", name)
+		}
+		hosts = append(hosts, h)
+	}
+	return hosts, nil
+}
+
+func (s *storyteller) up(ts *testscript.TestScript, neg bool, names []string) {
+	s.step(ts, neg, func(ctx context.Context, st *story) error {
+		hosts, err := s.hosts(st, names)
+		if err != nil {
+			return err
+		}
+		if st.written != st.fleet.Keys || st.version == 0 {
+			st.version++
+			st.written = st.fleet.Keys
+			if err := st.fleet.WriteRoster(st.version); err != nil {
+				return err
+			}
+		}
+		for _, h := range hosts {
+			if err := h.Start(ctx); err != nil {
+				return err
+			}
+			s.tell("   %s runs", h.Name)
+		}
+		return nil
+	})
+}
+
+func (s *storyteller) down(ts *testscript.TestScript, neg bool, names []string) {
+	s.step(ts, neg, func(ctx context.Context, st *story) error {
+		hosts, err := s.hosts(st, names)
+		for _, h := range hosts {
+			err = errors.Join(err, h.Stop(ctx))
+			s.tell("   %s stopped", h.Name)
+		}
+		return err
+	})
+}
+
+func (s *storyteller) crash(ts *testscript.TestScript, neg bool, names []string) {
+	s.step(ts, neg, func(_ context.Context, st *story) error {
+		hosts, err := s.hosts(st, names)
+		for _, h := range hosts {
+			h.Kill()
+			s.tell("   %s killed", h.Name)
+		}
+		return err
+	})
+}
+
+func (s *storyteller) ready(ts *testscript.TestScript, neg bool, args []string) {
+	s.step(ts, neg, func(ctx context.Context, st *story) error {
+		if len(args) != 1 || st.fleet == nil {
+			return errors.New("usage, after up: ready KEY")
+		}
+		if err := st.fleet.WaitReady(ctx, args[0]); err != nil {
+			return err
+		}
+		s.tell("   key %s is ready on all hosts that run", args[0])
+		return nil
+	})
+}
+
+func (s *storyteller) on(ts *testscript.TestScript, neg bool, args []string) {
+	s.step(ts, neg, func(_ context.Context, st *story) error {
+		hosts, err := s.hosts(st, args)
+		if err != nil || len(args) != 1 {
+			return errors.Join(errors.New("usage, after fleet: on HOST"), err)
+		}
+		ts.Setenv("CONSEAL_SIGN_SOCKET", hosts[0].SignSocket())
+		ts.Setenv("CONSEAL_ADMIN_SOCKET", hosts[0].AdminSocket())
+		return nil
+	})
+}
+
+func (s *storyteller) run(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) == 0 {
+		ts.Fatalf("usage: run PROGRAM ARG...")
+	}
+	s.tell("   $ %s", strings.Join(args, " "))
+	err := ts.Exec(args[0], args[1:]...)
+	for _, stream := range []string{"stdout", "stderr"} {
+		text := ts.ReadFile(stream)
+		for line := range strings.Lines(text) {
+			s.tell("     %s", strings.TrimRight(printable(line), "\n"))
+		}
+	}
+	var exit *exec.ExitError
+	switch {
+	case err != nil && !errors.As(err, &exit):
+		ts.Fatalf("%v", err)
+	case err == nil && neg:
+		ts.Fatalf("%s should have failed", args[0])
+	case err != nil && !neg:
+		ts.Fatalf("%s: %v", args[0], err)
+	}
+}
+
+// printable replaces what would upset a terminal.
+func printable(s string) string {
+	return string(bytes.Map(func(r rune) rune {
+		if r < ' ' && r != '\n' && r != '\t' || r == 0x7f || r == '\uFFFD' {
+			return '.'
+		}
+		return r
+	}, []byte(s)))
+}
