@@ -1,0 +1,53 @@
+# `make help` says what there is.
+GO      ?= go
+VERSION ?= $(shell git describe --always --dirty 2>/dev/null || echo devel)
+LDFLAGS  = -X main.version=$(VERSION)
+TOOLS    = swtpm:swtpm swtpm_setup:swtpm-tools certtool:gnutls-bin softhsm2-util:softhsm2 pkcs11-tool:opensc \
+           tpm2_pcrread:tpm2-tools openssl:openssl protoc:protobuf-compiler gcc:gcc git:git curl:curl
+
+.PHONY: help deps build demo story test check bench fuzz soak clean generate
+
+help: ## say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+deps: ## install with apt what is missing of the tools that demo and tests need
+	@missing=; for t in $(TOOLS); do command -v $${t%%:*} >/dev/null 2>&1 || missing="$$missing $${t##*:}"; done; \
+	command -v $(GO) >/dev/null 2>&1 || { echo "Go 1.26 or newer is needed: https://go.dev/dl/"; exit 1; }; \
+	[ -z "$$missing" ] || { echo "installing:$$missing"; sudo=; [ $$(id -u) = 0 ] || sudo=sudo; \
+	$$sudo apt-get update -q && $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $$missing; } >&2
+
+build: ## build bin/conseald and bin/conseal
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/conseald ./cmd/conseal
+
+demo: deps build ## three hosts make a key, sign a file, and openssl verifies it
+	@$(GO) run ./testenv/story demo
+
+story: deps ## run one story and print each step as it happens: make story NAME=demo
+	@$(GO) run ./testenv/story $(NAME)
+
+test: deps check ## all tests
+	$(GO) test -race -timeout 20m ./...
+	CGO_ENABLED=0 $(GO) build -o /dev/null ./cmd/conseald
+	CGO_ENABLED=0 $(GO) build -o /dev/null ./cmd/conseal
+
+check: ## format, vet, staticcheck (the import table is a test)
+	@test -z "$$(gofmt -l .)" || { echo "gofmt -w these:"; gofmt -l .; exit 1; }
+	$(GO) vet ./...
+	$(GO) vet -tags failpoints ./...
+	CGO_ENABLED=0 $(GO) vet ./cmd/... ./hsm/...
+	$(GO) tool staticcheck ./...
+
+bench: deps ## measure, one figure a line: bench NAME VALUE UNIT
+	@$(GO) run ./testenv/bench
+
+fuzz: ## fuzz every decoder, FUZZTIME each (default 1m)
+	@./internal/fuzz.sh $(or $(FUZZTIME),1m)
+
+soak: deps ## the crash tests, many times over
+	CONSEAL_SOAK=1 $(GO) test -count=1 -timeout 2h -run 'Crash|Kill' -v ./agent/... ./testenv/...
+
+generate: ## make the code of the .proto files again
+	$(GO) generate ./agent/api
+
+clean: ## remove what was built
+	rm -rf bin

@@ -1,0 +1,109 @@
+package conseal_test
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"path"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// allowed says which packages of this module each may import. "..." at the end
+// stands for the package and what is below it. What is not listed may import
+// nothing of ours. docs/architecture.md explains the table.
+var allowed = map[string][]string{
+	"internal/secret":              {},
+	"internal/failpoint":           {},
+	"tpm":                          {"internal/secret"},
+	"hsm":                          {"internal/secret"},
+	"protocol":                     {"internal/secret"},
+	"protocol/frost":               {"internal/secret", "protocol"},
+	"config":                       {},
+	"agent/api":                    {"agent/api/..."},
+	"agent/api/apipb":              {},
+	"agent/api/apipb/apipbconnect": {"agent/api/apipb"},
+	"agent/peer/peerpb":            {},
+	"agent/peer":                   {"agent/peer/...", "protocol", "config"},
+	"agent/vault":                  {"internal/secret", "internal/failpoint"},
+	"agent/epoch":                  {"agent/vault", "protocol"},
+	"agent":                        {"internal/...", "protocol/...", "config", "agent/..."},
+	"cmd/conseald":                 {"agent", "agent/vault", "config", "hsm", "tpm"},
+	"cmd/conseal":                  {"agent/api/...", "config", "hsm"},
+	"testenv":                      {"internal/...", "protocol/...", "config", "agent/...", "tpm", "hsm"},
+	"testenv/story":                {"testenv"},
+}
+
+// onlyIn says which packages alone may import a module that is dangerous or heavy.
+var onlyIn = map[string][]string{
+	"github.com/miekg/pkcs11":       {"hsm"},
+	"github.com/google/go-tpm/tpm2": {"tpm", "testenv"},
+	"C":                             {},
+}
+
+const module = "conseal"
+
+type listed struct {
+	ImportPath string
+	Imports    []string
+}
+
+func list(t *testing.T) (packages []listed) {
+	t.Helper()
+	out, err := exec.Command("go", "list", "-json=ImportPath,Imports", "./...").Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	decoder := json.NewDecoder(strings.NewReader(string(out)))
+	for {
+		var p listed
+		err := decoder.Decode(&p)
+		if errors.Is(err, io.EOF) {
+			return packages
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		packages = append(packages, p)
+	}
+}
+
+func matches(pattern, name string) bool {
+	if dir, ok := strings.CutSuffix(pattern, "/..."); ok {
+		return name == dir || strings.HasPrefix(name, dir+"/")
+	}
+	return pattern == name
+}
+
+func TestImportTable(t *testing.T) {
+	seen := map[string]bool{}
+	for _, p := range list(t) {
+		name := strings.TrimPrefix(strings.TrimPrefix(p.ImportPath, module), "/")
+		if name == "" {
+			continue
+		}
+		may, known := allowed[name]
+		if !known {
+			t.Errorf("package %s is not in the table: decide what it may import", name)
+		}
+		seen[name] = true
+		for _, imp := range p.Imports {
+			for outside, where := range onlyIn {
+				if imp == outside && !slices.Contains(where, name) {
+					t.Errorf("%s imports %s, which only %q may", name, imp, where)
+				}
+			}
+			ours, ok := strings.CutPrefix(imp, module+"/")
+			if ok && !slices.ContainsFunc(may, func(pattern string) bool { return matches(pattern, ours) }) {
+				t.Errorf("%s imports %s, which the table does not allow", name, ours)
+			}
+		}
+	}
+	for name := range allowed {
+		if !seen[name] {
+			t.Errorf("package %s is in the table and does not exist", path.Join(module, name))
+		}
+	}
+}
