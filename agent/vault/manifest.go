@@ -39,8 +39,8 @@ type share struct {
 	number  Number
 	output  Output
 	file    fileName
-	digest  [32]byte // SHA-256 of the file
-	erasure [32]byte // without it, the file is noise
+	digest  [32]byte  // SHA-256 of the file
+	erasure *[32]byte // without it, the file is noise; one copy, guarded by [Vault.erasing]
 }
 
 func (m *manifest) sorted() []KeyID {
@@ -207,9 +207,18 @@ func (v *Vault) readSlot(slot int, root *secret.Bytes) (*manifest, error) {
 	return decodeManifest(plain)
 }
 
+// size bounds the encoding, in bytes.
+func (m *manifest) size() int {
+	n := 64 + len(m.host)
+	for id, r := range m.keys {
+		n += 256 + len(id.Name) + 256*len(r.shares)
+	}
+	return n
+}
+
 // encode is canonical: keys are sorted, numbers are big-endian.
 func (m *manifest) encode() []byte {
-	e := encoder{}
+	e := encoder{b: make([]byte, 0, m.size())} // never grown: it holds erasure keys
 	e.u64(m.sequence)
 	e.u64(m.roots)
 	e.text(m.host)
@@ -258,7 +267,7 @@ func decodeManifest(b []byte) (*manifest, error) {
 			if d.failed {
 				break
 			}
-			s := share{number: d.number()}
+			s := share{number: d.number(), erasure: new([32]byte)}
 			d.raw(s.output[:])
 			d.raw(s.file[:])
 			d.raw(s.digest[:])
@@ -267,7 +276,9 @@ func decodeManifest(b []byte) (*manifest, error) {
 		}
 		m.keys[id] = r
 	}
-	if d.failed || len(d.b) != 0 || !bytes.Equal(m.encode(), b) {
+	again := m.encode()
+	defer clear(again)
+	if d.failed || len(d.b) != 0 || !bytes.Equal(again, b) {
 		return nil, fmt.Errorf("%w: not in canonical form", ErrDamaged)
 	}
 	return m, nil

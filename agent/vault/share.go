@@ -64,8 +64,10 @@ func (v *Vault) header(id KeyID, n Number, output Output, public, salt []byte) [
 // aead derives the key of a share's file.
 func (v *Vault) aead(header, salt []byte, erasure *[32]byte) (aead cipher.AEAD, err error) {
 	digest := sha256.Sum256(header)
+	v.erasing.RLock()
+	defer v.erasing.RUnlock()
 	err = v.class.Use(func(class []byte) error {
-		ikm := append(bytes.Clone(class), erasure[:]...)
+		ikm := append(append(make([]byte, 0, len(class)+len(erasure)), class...), erasure[:]...)
 		defer clear(ikm)
 		key, err := hkdf.Key(sha256.New, ikm, salt, "conseal share v1 "+string(digest[:]), 32)
 		if err != nil {
@@ -80,13 +82,13 @@ func (v *Vault) aead(header, salt []byte, erasure *[32]byte) (aead cipher.AEAD, 
 
 // writeShare writes a share's file, and reads it back before it believes it.
 func (v *Vault) writeShare(id KeyID, n Number, output Output, public []byte, plain *secret.Bytes) (*share, error) {
-	s := &share{number: n, output: output}
+	s := &share{number: n, output: output, erasure: new([32]byte)}
 	rand.Read(s.file[:])
 	rand.Read(s.erasure[:])
 	salt := make([]byte, saltSize)
 	rand.Read(salt)
 	header := v.header(id, n, output, public, salt)
-	aead, err := v.aead(header, salt, &s.erasure)
+	aead, err := v.aead(header, salt, s.erasure)
 	if err != nil {
 		return nil, err
 	}
@@ -142,7 +144,7 @@ func (v *Vault) readShare(id KeyID, s *share) (*secret.Bytes, error) {
 	if err != nil {
 		return nil, err
 	}
-	aead, err := v.aead(f.header, f.salt, &s.erasure)
+	aead, err := v.aead(f.header, f.salt, s.erasure)
 	if err != nil {
 		return nil, err
 	}
@@ -182,16 +184,23 @@ func (v *Vault) sweep(m *manifest) error {
 		}
 		known[v.certificatePath(r.certificate)] = true
 	}
-	for _, pattern := range []string{"*" + temporary, sharesFolder + "/*", certsFolder + "/*"} {
-		files, err := filepath.Glob(filepath.Join(v.dir, pattern))
+	for _, folder := range []string{"", sharesFolder, certsFolder} {
+		files, err := os.ReadDir(filepath.Join(v.dir, folder))
 		if err != nil {
 			return err
 		}
 		for _, f := range files {
-			if !known[f] {
-				if err := os.Remove(f); err != nil {
-					return fmt.Errorf("removing what a crash left: %w", err)
-				}
+			path := filepath.Join(v.dir, folder, f.Name())
+			switch filepath.Ext(path) {
+			case temporary, ".share", ".cert":
+			default:
+				continue
+			}
+			if known[path] {
+				continue
+			}
+			if err := os.Remove(path); err != nil {
+				return fmt.Errorf("removing what a crash left: %w", err)
 			}
 		}
 	}
@@ -219,7 +228,11 @@ func writeFile(path string, b []byte, point string) error {
 		return err
 	}
 	failpoint.Hit(point + "/renamed")
-	d, err := os.Open(filepath.Dir(path))
+	return syncFolder(filepath.Dir(path))
+}
+
+func syncFolder(dir string) error {
+	d, err := os.Open(dir)
 	if err != nil {
 		return err
 	}

@@ -25,6 +25,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -124,13 +125,16 @@ type Vault struct {
 		sync.Mutex
 		shares map[fileName]*secret.Bytes // opened shares, by file
 	}
+	closed  bool         // guarded by opened
+	erasing sync.RWMutex // held for reading while an erasure key is in use
 }
 
 // pending is a change whose commit is not known to have happened.
 type pending struct {
-	m    *manifest
-	root *secret.Bytes
-	slot int
+	m      *manifest
+	root   *secret.Bytes
+	slot   int
+	erased []share // of the present manifest and not of m
 }
 
 // classID binds the class key to its purpose and host.
@@ -139,19 +143,28 @@ func classID(host string) string { return "class/held/" + host }
 // Open opens the vault in dir. The error is [ErrNotProvisioned], [ErrStale],
 // [ErrDamaged] or what the hardware says.
 func Open(ctx context.Context, dir, host string, p Protector) (*Vault, error) {
-	lock, err := lockFolder(dir)
+	v, err := newVault(dir, host, p)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("vault %s: %w", dir, ErrNotProvisioned)
 	}
 	if err != nil {
 		return nil, err
 	}
-	v := &Vault{dir: dir, host: host, protector: p, lock: lock}
-	v.opened.shares = map[fileName]*secret.Bytes{}
 	if err := v.open(ctx); err != nil {
 		v.Close()
 		return nil, fmt.Errorf("opening the vault %s: %w", dir, err)
 	}
+	return v, nil
+}
+
+// newVault locks the folder.
+func newVault(dir, host string, p Protector) (*Vault, error) {
+	lock, err := lockFolder(dir)
+	if err != nil {
+		return nil, err
+	}
+	v := &Vault{dir: dir, host: host, protector: p, lock: lock}
+	v.opened.shares = map[fileName]*secret.Bytes{}
 	return v, nil
 }
 
@@ -193,26 +206,25 @@ func (v *Vault) open(ctx context.Context) error {
 // Create makes an empty vault in dir. It returns [ErrExists] if there is one that
 // opens; what a crash of an earlier Create left is made anew.
 func Create(ctx context.Context, dir, host string, p Protector) error {
-	if err := os.MkdirAll(filepath.Join(dir, sharesFolder), 0o700); err != nil {
+	for _, folder := range []string{sharesFolder, certsFolder} {
+		if err := os.MkdirAll(filepath.Join(dir, folder), 0o700); err != nil {
+			return fmt.Errorf("making the vault: %w", err)
+		}
+	}
+	if err := errors.Join(syncFolder(dir), syncFolder(filepath.Dir(dir))); err != nil {
 		return fmt.Errorf("making the vault: %w", err)
 	}
-	if err := os.MkdirAll(filepath.Join(dir, certsFolder), 0o700); err != nil {
-		return fmt.Errorf("making the vault: %w", err)
-	}
-	old, err := Open(ctx, dir, host, p)
-	switch {
-	case err == nil:
-		old.Close()
-		return ErrExists
-	case !errors.Is(err, ErrNotProvisioned):
-		return err
-	}
-	lock, err := lockFolder(dir)
+	v, err := newVault(dir, host, p)
 	if err != nil {
 		return err
 	}
-	v := &Vault{dir: dir, host: host, protector: p, lock: lock}
 	defer v.Close()
+	switch err := v.open(ctx); {
+	case err == nil:
+		return ErrExists
+	case !errors.Is(err, ErrNotProvisioned):
+		return fmt.Errorf("opening the vault %s: %w", dir, err)
+	}
 	if err := v.create(ctx); err != nil {
 		return fmt.Errorf("making the vault %s: %w", dir, err)
 	}
@@ -234,7 +246,7 @@ func (v *Vault) create(ctx context.Context) error {
 		return err
 	}
 	v.slot = 1 // so that the first is 0
-	if err := v.commit(ctx, &manifest{host: v.host, keys: map[KeyID]*record{}}, true); err != nil {
+	if err := v.commit(ctx, &manifest{host: v.host, keys: map[KeyID]*record{}}, true, nil); err != nil {
 		return err
 	}
 	return os.Remove(v.markPath())
@@ -263,6 +275,7 @@ func (v *Vault) Close() {
 	defer v.writing.Unlock()
 	v.opened.Lock()
 	defer v.opened.Unlock()
+	v.closed = true
 	for file, s := range v.opened.shares {
 		s.Wipe()
 		delete(v.opened.shares, file)
@@ -303,15 +316,18 @@ func (v *Vault) Stats() Stats {
 // See notes for which entry of the roster a key is to be generated. The first
 // that is seen counts; another is an error.
 func (v *Vault) See(ctx context.Context, id KeyID, entry [32]byte) error {
-	if r := v.now.Load().keys[id]; r != nil && r.entry == entry {
-		return nil
+	if entry == ([32]byte{}) {
+		return fmt.Errorf("key %q: no digest of its entry", id.Name)
 	}
 	return v.change(ctx, id, false, func(r *record) error {
-		if r.entry != ([32]byte{}) && r.entry != entry {
-			return errors.New("its entry in the roster changed since it was first seen")
+		switch r.entry {
+		case entry:
+			return errNoChange
+		case [32]byte{}:
+			r.entry = entry
+			return nil
 		}
-		r.entry = entry
-		return nil
+		return errors.New("its entry in the roster changed since it was first seen")
 	})
 }
 
@@ -325,23 +341,20 @@ func (v *Vault) Stage(ctx context.Context, id KeyID, n Number, output Output, pu
 	case n.Roster == 0 || n.Attempt == 0 || id.Name == "" || id.Incarnation == 0:
 		return fmt.Errorf("staging epoch %s of key %q, incarnation %d: numbers start at 1", n, id.Name, id.Incarnation)
 	}
-	if r := v.now.Load().keys[id]; r != nil {
-		if r.share(n) != nil {
-			return fmt.Errorf("staging epoch %s of key %q: it is there already", n, id.Name)
-		}
-		if len(r.shares) >= MaxStaged {
-			return fmt.Errorf("staging epoch %s of key %q: %d shares are staged already: raise the key's `incarnation` in the roster", n, id.Name, MaxStaged)
-		}
-	}
-	s, err := v.writeShare(id, n, output, public, share)
-	if err != nil {
-		return fmt.Errorf("staging epoch %s of key %q: %w", n, id.Name, err)
-	}
-	failpoint.Hit("vault/stage/file")
 	return v.change(ctx, id, false, func(r *record) error {
-		if r.share(n) != nil {
-			return fmt.Errorf("epoch %s is there already", n)
+		switch {
+		case r.share(n) != nil:
+			return fmt.Errorf("staging epoch %s: it is there already", n)
+		case n.Compare(r.active) <= 0:
+			return fmt.Errorf("staging epoch %s: %s is active", n, r.active)
+		case len(r.shares) >= MaxStaged:
+			return fmt.Errorf("staging epoch %s: %d shares are staged already: raise the key's `incarnation` in the roster", n, MaxStaged)
 		}
+		s, err := v.writeShare(id, n, output, public, share)
+		if err != nil {
+			return fmt.Errorf("staging epoch %s: %w", n, err)
+		}
+		failpoint.Hit("vault/stage/file")
 		r.shares = append(r.shares, *s)
 		return nil
 	})
@@ -354,16 +367,11 @@ func (v *Vault) Stage(ctx context.Context, id KeyID, n Number, output Output, pu
 // Voting the same again is no error.
 func (v *Vault) Vote(ctx context.Context, id KeyID, n Number, output Output) error {
 	vote := Staged{n, output}
-	if r := v.now.Load().keys[id]; r != nil && r.voted != nil && *r.voted == vote {
-		return nil
-	}
-	err := v.Lend(id, n, func([]byte) error { return nil })
-	if err != nil {
-		return err
-	}
 	return v.change(ctx, id, true, func(r *record) error {
 		s := r.share(n)
 		switch {
+		case r.voted != nil && *r.voted == vote:
+			return errNoChange
 		case s == nil || s.output != output:
 			return fmt.Errorf("voting for epoch %s: %w with that output", n, ErrNoShare)
 		case r.voted != nil && r.active == (Number{}):
@@ -371,6 +379,11 @@ func (v *Vault) Vote(ctx context.Context, id KeyID, n Number, output Output) err
 		case r.voted != nil && n.Compare(r.voted.Number) <= 0 || n.Compare(r.active) <= 0:
 			return fmt.Errorf("voting for epoch %s: a higher one has this host's vote", n)
 		}
+		plain, err := v.readShare(id, s) // from the disk, whatever is opened in memory
+		if err != nil {
+			return fmt.Errorf("voting for epoch %s: %w", n, err)
+		}
+		plain.Wipe()
 		r.voted = &vote
 		return nil
 	})
@@ -382,14 +395,6 @@ func (v *Vault) Activate(ctx context.Context, id KeyID, n Number, certificate []
 	if len(certificate) == 0 || len(certificate) > MaxCertificate {
 		return fmt.Errorf("activating epoch %s of key %q: a certificate of %d bytes", n, id.Name, len(certificate))
 	}
-	if r := v.now.Load().keys[id]; r != nil && r.active == n {
-		return nil
-	}
-	digest, err := v.writeCertificate(certificate)
-	if err != nil {
-		return fmt.Errorf("activating epoch %s of key %q: %w", n, id.Name, err)
-	}
-	failpoint.Hit("vault/activate/certificate")
 	return v.change(ctx, id, false, func(r *record) error {
 		if r.share(n) == nil {
 			return fmt.Errorf("activating epoch %s: %w", n, ErrNoShare)
@@ -397,13 +402,20 @@ func (v *Vault) Activate(ctx context.Context, id KeyID, n Number, certificate []
 		if n.Compare(r.active) < 0 {
 			return fmt.Errorf("activating epoch %s: %s is active", n, r.active)
 		}
+		digest, err := v.writeCertificate(certificate)
+		if err != nil {
+			return fmt.Errorf("activating epoch %s: %w", n, err)
+		}
+		failpoint.Hit("vault/activate/certificate")
 		r.active, r.certificate = n, digest
 		return nil
 	})
 }
 
 // Drop erases shares for good: once it returns nil, no copy of the folder, older
-// or not, opens them on this host's hardware.
+// or not, opens them on this host's hardware. It refuses the active share, and one
+// that this host voted for while no epoch of the key's name is active: its
+// certificate may be elsewhere. Shares that are not there are passed over.
 func (v *Vault) Drop(ctx context.Context, drops []Drop) error {
 	if len(drops) == 0 {
 		return nil
@@ -414,27 +426,39 @@ func (v *Vault) Drop(ctx context.Context, drops []Drop) error {
 		return err
 	}
 	next := v.now.Load().clone()
-	var files []fileName
+	var erased []share
 	for _, d := range drops {
-		r := next.edit(d.Key)
-		if r.active == d.Number {
-			return fmt.Errorf("dropping epoch %s of key %q: it is the active one", d.Number, d.Key.Name)
+		if next.keys[d.Key] == nil || next.keys[d.Key].share(d.Number) == nil {
+			continue
 		}
-		r.shares = slices.DeleteFunc(r.shares, func(s share) bool {
-			if s.number == d.Number {
-				files = append(files, s.file)
-			}
-			return s.number == d.Number
-		})
+		r := next.edit(d.Key)
+		switch {
+		case r.active == d.Number:
+			return fmt.Errorf("dropping epoch %s of key %q: it is the active one", d.Number, d.Key.Name)
+		case r.voted != nil && r.voted.Number == d.Number && !next.bornSince(d.Key):
+			return fmt.Errorf("dropping epoch %s of key %q: this host voted for it, and no other was born since", d.Number, d.Key.Name)
+		}
+		erased = append(erased, *r.share(d.Number))
+		r.shares = slices.DeleteFunc(r.shares, func(s share) bool { return s.number == d.Number })
 	}
-	if err := v.commit(ctx, next, true); err != nil {
-		return fmt.Errorf("dropping %d shares: %w", len(drops), err)
+	if len(erased) == 0 {
+		return nil
 	}
-	for _, f := range files {
-		v.forget(f)
-		os.Remove(v.sharePath(f)) // noise already; swept at the next start if it stays
+	if err := v.commit(ctx, next, true, erased); err != nil {
+		return fmt.Errorf("dropping %d shares: %w", len(erased), err)
 	}
 	return nil
+}
+
+// bornSince tells whether an epoch of this key, or of a later one of its name, is
+// active.
+func (m *manifest) bornSince(id KeyID) bool {
+	for other, r := range m.keys {
+		if other.Name == id.Name && other.Incarnation >= id.Incarnation && r.active != (Number{}) {
+			return true
+		}
+	}
+	return false
 }
 
 // Lend opens a share and lends it to fn, which must not keep it.
@@ -467,7 +491,16 @@ func (v *Vault) openShare(id KeyID, s *share) (*secret.Bytes, error) {
 	}
 	v.opened.Lock()
 	defer v.opened.Unlock()
-	if first := v.opened.shares[s.file]; first != nil {
+	first := v.opened.shares[s.file]
+	r := v.now.Load().keys[id]
+	switch {
+	case v.closed:
+		plain.Wipe()
+		return nil, secret.ErrWiped
+	case r == nil || r.share(s.number) == nil || r.share(s.number).file != s.file: // erased meanwhile
+		plain.Wipe()
+		return nil, ErrNoShare
+	case first != nil:
 		plain.Wipe()
 		return first, nil
 	}
@@ -475,11 +508,18 @@ func (v *Vault) openShare(id KeyID, s *share) (*secret.Bytes, error) {
 	return plain, nil
 }
 
-func (v *Vault) forget(f fileName) {
-	v.opened.Lock()
-	defer v.opened.Unlock()
-	v.opened.shares[f].Wipe()
-	delete(v.opened.shares, f)
+// forget removes what is left in memory and on disk of shares that were erased.
+func (v *Vault) forget(erased []share) {
+	for _, s := range erased {
+		v.erasing.Lock()
+		clear(s.erasure[:])
+		v.erasing.Unlock()
+		v.opened.Lock()
+		v.opened.shares[s.file].Wipe()
+		delete(v.opened.shares, s.file)
+		v.opened.Unlock()
+		os.Remove(v.sharePath(s.file)) // noise already; swept at the next start if it stays
+	}
 }
 
 // Public returns the public output of a share that the vault holds.
@@ -504,6 +544,9 @@ func (v *Vault) Certificate(id KeyID) ([]byte, error) {
 	return v.readCertificate(r.certificate)
 }
 
+// errNoChange is returned by an edit that finds everything as it should be.
+var errNoChange = errors.New("no change")
+
 // change edits one key's record and commits.
 func (v *Vault) change(ctx context.Context, id KeyID, newRoot bool, edit func(*record) error) error {
 	v.writing.Lock()
@@ -512,10 +555,13 @@ func (v *Vault) change(ctx context.Context, id KeyID, newRoot bool, edit func(*r
 		return err
 	}
 	next := v.now.Load().clone()
-	if err := edit(next.edit(id)); err != nil {
+	switch err := edit(next.edit(id)); {
+	case errors.Is(err, errNoChange):
+		return nil
+	case err != nil:
 		return fmt.Errorf("key %q: %w", id.Name, err)
 	}
-	if err := v.commit(ctx, next, newRoot); err != nil {
+	if err := v.commit(ctx, next, newRoot, nil); err != nil {
 		return fmt.Errorf("key %q: writing the manifest: %w", id.Name, err)
 	}
 	return nil
@@ -524,7 +570,7 @@ func (v *Vault) change(ctx context.Context, id KeyID, newRoot bool, edit func(*r
 // commit writes a manifest to the slot that the root does not open, and under a
 // new root lets the hardware commit it. v.writing is held, or the vault is new,
 // and v is settled.
-func (v *Vault) commit(ctx context.Context, next *manifest, newRoot bool) error {
+func (v *Vault) commit(ctx context.Context, next *manifest, newRoot bool, erased []share) error {
 	next.sequence++
 	root := v.root
 	if newRoot {
@@ -544,10 +590,12 @@ func (v *Vault) commit(ctx context.Context, next *manifest, newRoot bool) error 
 		return nil
 	}
 	failpoint.Hit("vault/root/before")
-	v.unsure = &pending{next, root, slot}
+	v.unsure = &pending{next, root, slot, erased}
 	setErr := v.protector.SetRoot(ctx, root)
 	failpoint.Hit("vault/root/after")
-	if err := v.settle(ctx); err != nil {
+	asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTimeout)
+	defer cancel()
+	if err := v.settle(asking); err != nil {
 		return errors.Join(setErr, err)
 	}
 	if v.now.Load() != next {
@@ -555,6 +603,10 @@ func (v *Vault) commit(ctx context.Context, next *manifest, newRoot bool) error 
 	}
 	return nil // whatever SetRoot said, the hardware has it
 }
+
+// settleTimeout bounds the question which root the hardware has, when the caller
+// has left already.
+const settleTimeout = 30 * time.Second
 
 // settle finds out which root the hardware has, if that is open: it is read back
 // after each change, and after an error it tells what happened.
@@ -580,6 +632,7 @@ func (v *Vault) settle(ctx context.Context) error {
 		v.root, v.slot, v.unsure = p.root, p.slot, nil
 		v.now.Store(p.m)
 		os.Remove(v.slotPath(1 - p.slot)) // noise from now on
+		v.forget(p.erased)
 	case v.root != nil && root.Equal(v.root):
 		p.root.Wipe()
 		v.unsure = nil
@@ -599,7 +652,12 @@ func lockFolder(dir string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("locking the vault: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if err != nil && !errors.Is(err, unix.EWOULDBLOCK) {
+		f.Close()
+		return nil, fmt.Errorf("locking the vault %s: %w", dir, err)
+	}
+	if err != nil {
 		holder := make([]byte, 32)
 		n, _ := f.Read(holder)
 		f.Close()
