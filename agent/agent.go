@@ -18,6 +18,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"conseal/agent/epoch"
 	"conseal/agent/peer"
 	"conseal/agent/peer/peerpb"
@@ -60,6 +62,9 @@ type Agent struct {
 
 	vault      atomic.Pointer[vault.Vault] // nil until the hardware opens it
 	vaultError atomic.Pointer[string]
+	vaultRetry retry // owned by reconcile
+
+	complaints complaints
 
 	peersMu sync.Mutex
 	peers   map[protocol.HostID]uint64 // roster version of each peer that is up
@@ -75,8 +80,9 @@ func New(o Options) (*Agent, error) {
 		self: protocol.HostID(o.Config.Name), config: o.Config, roster: o.Roster, protector: o.Protector,
 		identity: o.Identity, version: o.Version, log: o.Log, started: time.Now(), digest: o.Roster.Digest(),
 		keys: map[string]*key{}, wake: make(chan struct{}, 1), peers: map[protocol.HostID]uint64{},
-		sessions: newSessions(o.Config.Limits.SessionsPerPeer),
-		callers:  newCallerLimits(o.Config.Limits.CallerRate),
+		sessions:   newSessions(o.Config.Limits.SessionsPerPeer),
+		callers:    newCallerLimits(o.Config.Limits.CallerRate),
+		complaints: complaints{limit: rate.NewLimiter(10, 50)},
 	}
 	if err := a.checkIdentity(); err != nil {
 		return nil, err
@@ -122,6 +128,10 @@ func (a *Agent) checkIdentity() error {
 	return nil
 }
 
+// maxFrame is the same on all hosts, whatever message each of them takes: the
+// largest message that any may be configured to take, and what goes with it.
+const maxFrame = 4<<20 + 64<<10
+
 func (a *Agent) network() error {
 	hosts := map[protocol.HostID]peer.Host{}
 	for _, h := range a.roster.Hosts {
@@ -133,7 +143,7 @@ func (a *Agent) network() error {
 		Hello: func() *peerpb.Hello {
 			return &peerpb.Hello{Fleet: a.roster.Fleet, RosterVersion: a.roster.Version, RosterDigest: a.digest[:]}
 		},
-		MaxFrame: a.config.Limits.Message + epoch.MaxCertificate, Rate: a.config.Limits.PeerRate, Log: a.log,
+		MaxFrame: maxFrame, Rate: a.config.Limits.PeerRate, Log: a.log,
 	}, network{a})
 	return err
 }
@@ -183,11 +193,12 @@ func (a *Agent) Run(ctx context.Context) error {
 // openVault opens the vault if it is not open. While the hardware refuses (a PCR
 // changed, a token is away), the agent runs on, says so, and tries again.
 func (a *Agent) openVault(ctx context.Context) {
-	if a.vault.Load() != nil {
+	if a.vault.Load() != nil || time.Now().Before(a.vaultRetry.after) {
 		return
 	}
 	v, err := vault.Open(ctx, VaultFolder(a.config), a.config.Name, a.protector)
 	if err != nil {
+		a.vaultRetry.fail(err)
 		text := err.Error()
 		if old := a.vaultError.Swap(&text); old == nil || *old != text {
 			a.log.Error("the vault does not open", "error", err)
@@ -269,8 +280,26 @@ func (n network) Frame(from protocol.HostID, f *peerpb.Frame) {
 		err = fmt.Errorf("a frame of unknown kind %T", body)
 	}
 	if err != nil {
-		a.log.Warn("bad frame", "peer", from, "error", err)
+		a.complain("bad frame", "peer", from, "error", err)
 	}
+}
+
+// complaints bounds what peers can make this host log.
+type complaints struct {
+	limit   *rate.Limiter
+	dropped atomic.Int64
+}
+
+// complain logs something that a peer did, unless there were many just now.
+func (a *Agent) complain(text string, args ...any) {
+	if !a.complaints.limit.Allow() {
+		a.complaints.dropped.Add(1)
+		return
+	}
+	if n := a.complaints.dropped.Swap(0); n > 0 {
+		args = append(args, "not logged before", n)
+	}
+	a.log.Warn(text, args...)
 }
 
 // opened joins a session that a peer coordinates, in a goroutine of its own.
@@ -289,7 +318,7 @@ func (a *Agent) opened(from protocol.HostID, open *peerpb.Open) error {
 		if err == nil || a.ctx.Err() != nil {
 			return
 		}
-		a.log.Warn("session refused or failed", "operation", b.Operation, "key", b.Key, "session", b.ID().String(), "peer", from, "error", err)
+		a.complain("session refused or failed", "operation", b.Operation, "key", b.Key, "session", b.ID().String(), "peer", from, "error", err)
 		reason, text := reasonAborted, err.Error()
 		var party *partyError
 		if errors.As(err, &party) && party.reason != "" {
@@ -338,7 +367,7 @@ func (a *Agent) offered(from protocol.HostID, offer *peerpb.CertificateOffer) er
 	}
 	a.tasks.Go(func() {
 		if err := a.adopt(a.ctx, k, v, c); err != nil {
-			a.log.Warn("certificate not taken up", "peer", from, "key", k.id.Name, "error", err)
+			a.complain("certificate not taken up", "peer", from, "key", k.id.Name, "error", err)
 		}
 		a.nudge()
 	})

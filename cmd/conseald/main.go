@@ -16,6 +16,7 @@ import (
 
 	"conseal/agent"
 	"conseal/config"
+	"conseal/hsm"
 )
 
 // version is set by the linker.
@@ -64,6 +65,21 @@ line that it prints into the roster, and start conseald.`,
 			},
 		},
 		initCommand(&file, out),
+		&cobra.Command{
+			Use: "clear-pin-latch", Short: "Let the HSM's PIN be tried again after it was refused", Args: cobra.NoArgs,
+			Long: `Let the HSM's PIN be tried again after it was refused.
+
+A PIN that was refused is never sent again by itself, not even after a restart,
+so that no loop of restarts locks the token. Correct the PIN file first: a PIN
+that changed needs this only after several failures, or a crash inside a login.`,
+			RunE: func(*cobra.Command, []string) error {
+				c, err := config.Load(file)
+				if err != nil {
+					return err
+				}
+				return hsm.ClearLatch(hsmFolder(c))
+			},
+		},
 	)
 	return root
 }
@@ -120,15 +136,15 @@ func logger(c *config.Host, w io.Writer) *slog.Logger {
 // check reads both files, so that all that is wrong in either is said at once.
 func check(file string, out io.Writer) error {
 	c, err := config.Load(file)
-	if err != nil {
+	if c == nil {
 		return err
 	}
-	roster, err := config.LoadRoster(c.Roster)
-	if err != nil {
+	roster, rosterErr := config.LoadRoster(c.Roster)
+	if err := errors.Join(err, rosterErr); err != nil {
 		return err
 	}
 	if _, ok := roster.Host(c.Name); !ok {
-		return fmt.Errorf("%s has no host %q: `conseald init` prints the line for it", c.Roster, c.Name)
+		return fmt.Errorf("%s has no host %q: `conseald init` prints the entry for it", c.Roster, c.Name)
 	}
 	_, err = fmt.Fprintf(out, "%s: good\n%s: good: fleet %s, version %d, %d hosts, %d keys\n",
 		file, c.Roster, roster.Fleet, roster.Version, len(roster.Hosts), len(roster.Keys))
