@@ -33,6 +33,7 @@ var allowed = map[string][]string{
 	"cmd/conseald":                 {"agent", "agent/vault", "config", "hsm", "tpm"},
 	"cmd/conseal":                  {"agent/api/...", "config", "hsm"},
 	"testenv":                      {"internal/...", "protocol/...", "config", "agent/...", "tpm", "hsm"},
+	"testenv/bench":                {"testenv", "protocol/...", "agent/api"},
 	"testenv/story":                {"testenv"},
 }
 

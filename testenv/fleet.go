@@ -25,7 +25,7 @@ type Fleet struct {
 	Keys   string // the roster's [[key]] tables
 	Level  string // of the agents' logs
 	Env    []string
-	Config string // added to each host's configuration; may start with top-level keys
+	Limits string // a [limits] table of each host's configuration
 }
 
 // Host is one host of a [Fleet].
@@ -149,14 +149,14 @@ func (h *Host) WriteConfig() error {
 state = %q
 roster = %q
 insecure_lab = true
-%s
 [listen]
 address = %q
 sign_socket = %q
 admin_socket = %q
 [log]
 level = %q
-%s`, h.Name, h.State(), h.fleet.RosterFile(), h.fleet.Config, h.Address, h.SignSocket(), h.AdminSocket(), h.fleet.Level, protector)
+%s
+%s`, h.Name, h.State(), h.fleet.RosterFile(), h.Address, h.SignSocket(), h.AdminSocket(), h.fleet.Level, protector, h.fleet.Limits)
 	return os.WriteFile(h.ConfigFile(), []byte(text), 0o600)
 }
 
