@@ -12,6 +12,7 @@ help: ## say what there is
 
 deps: ## install with apt what is missing of the tools that demo and tests need
 	@missing=; for t in $(TOOLS); do command -v $${t%%:*} >/dev/null 2>&1 || missing="$$missing $${t##*:}"; done; \
+	[ -e /usr/include/stdio.h ] || missing="$$missing libc6-dev"; \
 	command -v $(GO) >/dev/null 2>&1 || { echo "Go 1.26 or newer is needed: https://go.dev/dl/"; exit 1; }; \
 	[ -z "$$missing" ] || { echo "installing:$$missing"; sudo=; [ $$(id -u) = 0 ] || sudo=sudo; \
 	$$sudo apt-get update -q && $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $$missing; } >&2

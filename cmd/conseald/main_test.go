@@ -1,0 +1,34 @@
+package main_test
+
+import (
+	"bytes"
+	"os"
+	"testing"
+
+	"conseal/testenv"
+)
+
+// TestNoFailpointsInWhatIsShipped looks for the variables that arm failpoints,
+// in the program as it is shipped and, as a control, in the one for tests.
+func TestNoFailpointsInWhatIsShipped(t *testing.T) {
+	defer testenv.Clean()
+	for _, test := range []struct {
+		flags []string
+		want  bool
+	}{
+		{nil, false},
+		{[]string{"-tags", "failpoints"}, true},
+	} {
+		bin, err := testenv.Build(t.Context(), test.flags...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		code, err := os.ReadFile(bin.Agent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := bytes.Contains(code, []byte("FAILPOINT_LOG")); got != test.want {
+			t.Errorf("built with %q: failpoints are there: %v, want %v", test.flags, got, test.want)
+		}
+	}
+}
