@@ -71,6 +71,10 @@ func openLedger(dir string) (*ledger, error) {
 		return nil, fmt.Errorf("opening the audit log: %w", err)
 	}
 	l.f = f
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil { // before verify, which may cut its end off
+		f.Close()
+		return nil, fmt.Errorf("locking the audit log %s: %w: another agent runs with this state folder; stop it first", l.path, err)
+	}
 	if err := l.verify(); err != nil {
 		f.Close()
 		return nil, err

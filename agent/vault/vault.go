@@ -642,6 +642,19 @@ func (v *Vault) settle(ctx context.Context) error {
 	return nil
 }
 
+// InUse returns an error that names the process that has the vault in dir open,
+// if one has.
+func InUse(dir string) error {
+	lock, err := lockFolder(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return lock.Close()
+}
+
 // lockFolder makes sure of one writer.
 func lockFolder(dir string) (*os.File, error) {
 	path := filepath.Join(dir, "lock")

@@ -86,6 +86,13 @@ and people who sign use the sign socket; who may use which key is in the roster.
 		Version:       version,
 		SilenceUsage:  true,
 		SilenceErrors: true,
+		Args: func(c *cobra.Command, a []string) error {
+			if len(a) > 0 {
+				return usageError{fmt.Errorf("unknown command %q; see `conseal --help`", a[0])}
+			}
+			return nil
+		},
+		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
 	root.SetOut(out)
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {

@@ -43,6 +43,9 @@ func initialise(ctx context.Context, file string, out io.Writer, asJSON bool) er
 	if err := os.MkdirAll(c.State, 0o700); err != nil {
 		return fmt.Errorf("making the state folder: %w", err)
 	}
+	if err := vault.InUse(agent.VaultFolder(c)); err != nil { // before the hardware is touched
+		return err
+	}
 	steps, err := provision(ctx, c)
 	if err != nil {
 		return err
