@@ -153,6 +153,9 @@ func drive(ctx context.Context, self protocol.HostID, s protocol.Session, box *i
 		if err == nil {
 			err = sendAll(ready.Send, send, owing)
 		}
+		if worker, ok := s.(protocol.Worker); ok && err == nil {
+			err = worker.Work()
+		}
 		if err != nil {
 			hangUp(box, send, err)
 			return err

@@ -56,6 +56,13 @@ type Session interface {
 	Close() // wipes every secret of the session; may be called twice
 }
 
+// Worker is a session that can compute ahead while its messages travel. A driver
+// that has sent what was ready may call Work; an error ends the session as one of
+// Step does. The session works as well without.
+type Worker interface {
+	Work() error
+}
+
 // Fault is an error whose culprit is proven: the message that Host sent is
 // wrong whatever any other host did.
 type Fault struct {

@@ -40,6 +40,7 @@ type Sign struct {
 	mail      mailbox
 	nonces    *nonces // nil before Start and once used
 	started   bool
+	encoded   []byte // the list that the coordinator sent
 	list      *commitmentList
 	own       *ed.Scalar // the coordinator's own signature share
 	signature []byte
@@ -259,22 +260,28 @@ func (s *Sign) distribute(bodies map[protocol.HostID][]byte) (protocol.Ready, er
 	for _, h := range s.cfg.Signers {
 		encoded = append(encoded, bodies[h]...)
 	}
-	own := slices.Index(s.cfg.Signers, s.cfg.Self)
-	var err error
-	if s.list, err = s.newList(encoded, own); err != nil {
-		return protocol.Ready{}, err
-	}
-	if s.signs {
-		if s.own, err = s.share(s.list, own); err != nil {
-			return protocol.Ready{}, err
-		}
-	}
+	s.encoded = encoded
 	s.mail.round = roundSign // round 2 is what was sent
 	var out []protocol.Message
 	for _, h := range s.mail.from {
 		out = append(out, s.mail.message(h, roundList, encoded))
 	}
 	return protocol.Ready{Send: out}, nil
+}
+
+// Work checks and uses the list that the coordinator has sent, while the signers
+// do the same.
+func (s *Sign) Work() error {
+	if s.encoded == nil || s.list != nil || s.done {
+		return nil
+	}
+	own := slices.Index(s.cfg.Signers, s.cfg.Self)
+	var err error
+	if s.list, err = s.newList(s.encoded, own); err == nil && s.signs {
+		s.own, err = s.share(s.list, own)
+	}
+	s.done = err != nil
+	return err
 }
 
 // respond is a signer's work after round 2.
@@ -300,7 +307,11 @@ func (s *Sign) respond(encoded []byte) (protocol.Ready, error) {
 // aggregate is RFC 9591 section 5.3. The finished signature is verified first;
 // only if it is wrong are the shares looked at one by one (section 5.4).
 func (s *Sign) aggregate(bodies map[protocol.HostID][]byte) (protocol.Ready, error) {
+	err := s.Work()
 	s.done = true
+	if err != nil {
+		return protocol.Ready{}, err
+	}
 	z := ed.NewScalar()
 	shares := make([]*ed.Scalar, len(s.cfg.Signers))
 	for i, h := range s.cfg.Signers {
