@@ -147,7 +147,10 @@ type sender func(to protocol.HostID, f *peerpb.Frame) error
 // parties that were silent. Parties are told when the session fails here.
 // early are events that came before the session could start.
 func drive(ctx context.Context, self protocol.HostID, s protocol.Session, box *inbox, send sender, early []event) error {
-	owing := map[protocol.HostID]bool{} // parties to whom the last message went from here
+	owing := map[protocol.HostID]bool{} // parties whose turn it is, as far as is known here
+	for _, h := range box.parties {
+		owing[h] = true
+	}
 	ready, err := s.Start()
 	for {
 		if err == nil {

@@ -19,11 +19,11 @@ var (
 	hits = map[string]int{}
 )
 
-// Hit ends the process by SIGKILL when CONSEAL_FAILPOINT, "NAME" or "NAME:COUNT",
+// Hit ends the process by SIGKILL when FAILPOINT, "NAME" or "NAME:COUNT",
 // names the place for this time. It first adds the name to the file
-// CONSEAL_FAILPOINT_LOG, so that a test knows that the place was reached.
+// FAILPOINT_LOG, so that a test knows that the place was reached.
 func Hit(name string) {
-	wanted, count, _ := strings.Cut(os.Getenv("CONSEAL_FAILPOINT"), ":")
+	wanted, count, _ := strings.Cut(os.Getenv("FAILPOINT"), ":")
 	if wanted != name {
 		return
 	}
@@ -36,7 +36,7 @@ func Hit(name string) {
 	if hits[name]++; hits[name] != n {
 		return
 	}
-	if f, err := os.OpenFile(os.Getenv("CONSEAL_FAILPOINT_LOG"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600); err == nil {
+	if f, err := os.OpenFile(os.Getenv("FAILPOINT_LOG"), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600); err == nil {
 		_, _ = f.WriteString(name + "\n")
 		_ = f.Sync()
 		f.Close()

@@ -1,0 +1,587 @@
+package agent_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"conseal/agent/api"
+	"conseal/agent/vault"
+	"conseal/testenv"
+	"conseal/tpm"
+)
+
+var (
+	soak = flag.Bool("soak", false, "kill ten times as often")
+	seed = flag.Uint64("seed", 0, "of the random kills; 0 draws one")
+)
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	testenv.Clean()
+	os.Exit(code)
+}
+
+// newFleet starts three hosts with one key, "first". Deadlines are generous: they
+// only end what hangs.
+func newFleet(t *testing.T, flags ...string) (context.Context, *testenv.Fleet) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	t.Cleanup(cancel)
+	bin, err := testenv.Build(ctx, flags...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := testenv.NewFleet(ctx, bin, "tpm", "tpm", "hsm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			for _, h := range f.Hosts {
+				t.Logf("log of %s:\n%s", h.Name, h.LogTail())
+			}
+		}
+		if err := f.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	must(t, f.Init(ctx))
+	f.Keys = f.Key("first", "ed25519", 2)
+	must(t, f.WriteRoster(1))
+	return ctx, f
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// checkKey wants the same public key and certificate on all hosts, and a good
+// signature through each.
+func checkKey(ctx context.Context, t *testing.T, f *testenv.Fleet, name string) {
+	t.Helper()
+	var public, certificate []byte
+	for _, h := range f.Hosts {
+		if !h.Running() {
+			continue
+		}
+		k, err := h.Client().GetKey(ctx, name)
+		must(t, err)
+		if public == nil {
+			public, certificate = k.PublicKey, k.Certificate
+		}
+		if len(public) == 0 || !bytes.Equal(k.PublicKey, public) || !bytes.Equal(k.Certificate, certificate) {
+			t.Fatalf("%s has key %x under %x, others %x under %x", h.Name, k.PublicKey, k.Certificate, public, certificate)
+		}
+		message := []byte("signed through " + h.Name)
+		r, err := h.Client().Sign(ctx, name, message)
+		must(t, err)
+		verify(t, public, message, r.Signature)
+	}
+}
+
+func verify(t *testing.T, spki, message, signature []byte) {
+	t.Helper()
+	key, err := x509.ParsePKIXPublicKey(spki)
+	must(t, err)
+	if !ed25519.Verify(key.(ed25519.PublicKey), message, signature) {
+		t.Fatal("the signature does not verify")
+	}
+}
+
+// shareFiles counts the shares on a host's disk.
+func shareFiles(t *testing.T, h *testenv.Host) int {
+	t.Helper()
+	files, err := os.ReadDir(filepath.Join(h.State(), "vault", "shares"))
+	must(t, err)
+	return len(files)
+}
+
+// failpoints are all places where an agent may be killed in a birth, from the
+// sources, so that none is forgotten.
+func failpoints(t *testing.T) (names []string) {
+	t.Helper()
+	hit := regexp.MustCompile(`failpoint\.Hit\("([^"]+)"\)`)
+	write := regexp.MustCompile(`writeFile\([^\n]*"(vault/[a-z]+)"\)`)
+	for _, pattern := range []string{"*.go", "vault/*.go"} {
+		files, err := filepath.Glob(pattern)
+		must(t, err)
+		for _, file := range files {
+			code, err := os.ReadFile(file)
+			must(t, err)
+			for _, m := range hit.FindAllSubmatch(code, -1) {
+				names = append(names, string(m[1]))
+			}
+			for _, m := range write.FindAllSubmatch(code, -1) {
+				names = append(names, string(m[1])+"/written", string(m[1])+"/renamed")
+			}
+		}
+	}
+	slices.Sort(names)
+	names = slices.Compact(names)
+	if len(names) < 12 {
+		t.Fatalf("found only %q", names)
+	}
+	// Creating a vault is not part of a birth.
+	return slices.DeleteFunc(names, func(n string) bool { return strings.HasPrefix(n, "vault/class") || strings.HasPrefix(n, "vault/mark") })
+}
+
+// TestCrashAtEachFailpoint kills an agent at every named place of a birth. Each
+// time the fleet gets by itself to one key that every host holds once.
+func TestCrashAtEachFailpoint(t *testing.T) {
+	ctx, f := newFleet(t, "-tags", "failpoints")
+	must(t, f.Start(ctx))
+	must(t, f.WaitReady(ctx, "first"))
+	keys := 1
+	for i, point := range failpoints(t) {
+		victim := f.Hosts[i%len(f.Hosts)]
+		must(t, f.Stop(ctx))
+		name := fmt.Sprintf("key%d", keys)
+		f.Keys += f.Key(name, "ed25519", 2)
+		keys++
+		must(t, f.WriteRoster(keys))
+		log := filepath.Join(f.Dir, "hit")
+		os.Remove(log)
+		victim.Env = []string{"FAILPOINT=" + point, "FAILPOINT_LOG=" + log}
+		for _, h := range f.Hosts {
+			if err := h.Start(ctx); err != nil && h != victim { // it may die before it answers
+				t.Fatal(err)
+			}
+		}
+		if p := victim.Process(); p != nil {
+			select {
+			case <-p.Done():
+			case <-ctx.Done():
+				t.Fatalf("failpoint %s was not reached on %s", point, victim.Name)
+			}
+		}
+		if hit, err := os.ReadFile(log); err != nil || strings.TrimSpace(string(hit)) != point {
+			t.Fatalf("failpoint %s on %s: hit %q, %v", point, victim.Name, hit, err)
+		}
+		victim.Kill()
+		victim.Env = nil
+		must(t, victim.Start(ctx))
+		must(t, f.WaitReady(ctx, name))
+		checkKey(ctx, t, f, name)
+		for _, h := range f.Hosts {
+			if got := shareFiles(t, h); got != keys {
+				t.Errorf("after %s on %s, %s has %d share files for %d keys", point, victim.Name, h.Name, got, keys)
+			}
+		}
+	}
+}
+
+// TestRandomKillsDuringBirth kills a random agent at a random moment of a birth,
+// again and again.
+func TestRandomKillsDuringBirth(t *testing.T) {
+	s := *seed
+	if s == 0 {
+		s = rand.Uint64()
+	}
+	t.Logf("replay with -seed %d", s)
+	random := rand.New(rand.NewPCG(s, 1))
+	times := 50
+	if *soak {
+		times = 500
+	}
+	ctx, f := newFleet(t)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Duration(times)*30*time.Second)
+	defer cancel()
+	unborn := 0
+	for i := range times {
+		name := "first"
+		if i > 0 {
+			name = fmt.Sprintf("key%d", i)
+			f.Keys += f.Key(name, "ed25519", 2)
+			must(t, f.WriteRoster(i+1))
+		}
+		must(t, f.Start(ctx))
+		victim := f.Hosts[random.IntN(3)]
+		<-time.After(time.Duration(random.IntN(80_000)) * time.Microsecond) // the experiment, not a wait for something
+		if k, err := victim.Client().GetKey(ctx, name); err == nil && k.Condition != "ready" {
+			unborn++
+		}
+		victim.Kill()
+		must(t, victim.Start(ctx))
+		must(t, f.WaitReady(ctx, name))
+		checkKey(ctx, t, f, name)
+		for _, h := range f.Hosts {
+			if got := shareFiles(t, h); got != i+1 {
+				t.Fatalf("%s has %d share files for %d keys", h.Name, got, i+1)
+			}
+		}
+		must(t, f.Stop(ctx))
+	}
+	t.Logf("%d of %d kills hit before the key was ready", unborn, times)
+	if unborn == 0 {
+		t.Error("no kill hit a birth: the experiment shows nothing")
+	}
+}
+
+// openTPM opens a stopped host's TPM as its agent does.
+func openTPM(ctx context.Context, t *testing.T, h *testenv.Host, state string) *tpm.TPM {
+	t.Helper()
+	var kept struct {
+		SRKName   []byte         `json:"srk_name"`
+		PCRWanted map[int][]byte `json:"pcr_wanted"`
+	}
+	b, err := os.ReadFile(filepath.Join(state, "tpm.json"))
+	must(t, err)
+	must(t, json.Unmarshal(b, &kept))
+	p, err := tpm.Open(ctx, tpm.Config{Device: h.Tap.Address(), PCRs: []int{0, 2, 4, 7}, SRKName: kept.SRKName, PCRWanted: kept.PCRWanted})
+	must(t, err)
+	return p
+}
+
+// secretsOf reads what must not be found anywhere from a stopped host.
+func secretsOf(ctx context.Context, t *testing.T, h *testenv.Host) map[string][]byte {
+	t.Helper()
+	p := openTPM(ctx, t, h, h.State())
+	defer p.Close(ctx)
+	v, err := vault.Open(ctx, filepath.Join(h.State(), "vault"), h.Name, p)
+	must(t, err)
+	defer v.Close()
+	out := map[string][]byte{}
+	keep := func(name string) func([]byte) error {
+		return func(b []byte) error { out[name] = bytes.Clone(b); return nil }
+	}
+	r := v.Keys()[0]
+	must(t, v.Lend(r.Key, r.Active, keep("share")))
+	root, err := p.Root(ctx)
+	must(t, err)
+	must(t, root.Use(keep("root")))
+	blob, err := os.ReadFile(filepath.Join(h.State(), "vault", "class-held.sealed"))
+	must(t, err)
+	class, err := p.Open(ctx, "class/held/"+h.Name, blob)
+	must(t, err)
+	must(t, class.Use(keep("data key")))
+	for name, s := range out {
+		if len(s) != 32 {
+			t.Fatalf("%s has %d bytes", name, len(s))
+		}
+	}
+	return out
+}
+
+// traces are the forms in which a secret may lie about.
+func traces(s []byte) (out [][]byte) {
+	reversed := bytes.Clone(s)
+	slices.Reverse(reversed)
+	for _, b := range [][]byte{s, reversed} {
+		out = append(out, b, []byte(hex.EncodeToString(b)), []byte(strings.ToUpper(hex.EncodeToString(b))), []byte(base64.RawStdEncoding.EncodeToString(b)[:40]), []byte(base64.RawURLEncoding.EncodeToString(b)[:40]))
+	}
+	return append(out, []byte(strings.Trim(fmt.Sprint(s), "[]")))
+}
+
+func search(t *testing.T, dir string, secrets map[string][]byte, bus []byte) (found []string, files int) {
+	t.Helper()
+	look := func(where string, content []byte) {
+		for name, s := range secrets {
+			for _, trace := range traces(s) {
+				if bytes.Contains(content, trace) {
+					found = append(found, fmt.Sprintf("%s in %s", name, where))
+				}
+			}
+		}
+	}
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		files++
+		look(path, b)
+		return err
+	})
+	must(t, err)
+	look("the TPM's bus", bus)
+	return found, files
+}
+
+// recorder collects what crosses a TPM's socket.
+type recorder struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (r *recorder) Write(b []byte) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.b.Write(b)
+}
+
+// TestNoSecretAnywhere looks for share, data key and root in all files of the
+// fleet, logs at debug level and TPM state among them, and on a TPM's bus.
+func TestNoSecretAnywhere(t *testing.T) {
+	ctx, f := newFleet(t)
+	alpha := f.Host("alpha")
+	bus := &recorder{}
+	alpha.Tap.Record(bus)
+	must(t, f.Start(ctx))
+	must(t, f.WaitReady(ctx, "first"))
+	checkKey(ctx, t, f, "first")
+	must(t, f.Stop(ctx))
+	must(t, f.Start(ctx)) // opens the share again
+	must(t, f.WaitReady(ctx, "first"))
+	checkKey(ctx, t, f, "first")
+	must(t, f.Stop(ctx))
+	alpha.Tap.Cut()
+	secrets := secretsOf(ctx, t, alpha)
+	found, files := search(t, f.Dir, secrets, bus.b.Bytes())
+	// The root rests in the TPM, and swtpm's chip is a file; neither share nor data
+	// key may be there.
+	found = slices.DeleteFunc(found, func(s string) bool { return strings.HasPrefix(s, "root in "+filepath.Join(alpha.Dir, "tpm", "state")) })
+	if len(found) > 0 {
+		t.Errorf("found %q", found)
+	}
+	if files < 20 || bus.b.Len() < 10_000 {
+		t.Errorf("looked into %d files and %d bytes of the bus only", files, bus.b.Len())
+	}
+	for i, trace := range traces(secrets["share"]) { // control
+		planted := filepath.Join(alpha.State(), "planted")
+		must(t, os.WriteFile(planted, append([]byte("x"), trace...), 0o600))
+		if found, _ := search(t, f.Dir, secrets, nil); len(found) == 0 {
+			t.Errorf("trace %d of a planted share is not found", i)
+		}
+		must(t, os.Remove(planted))
+	}
+	if found, _ := search(t, f.Dir, secrets, secrets["root"]); len(found) == 0 {
+		t.Error("a root on the bus is not found")
+	}
+}
+
+func copyFolder(t *testing.T, from, to string) {
+	t.Helper()
+	must(t, os.RemoveAll(to))
+	must(t, os.CopyFS(to, os.DirFS(from)))
+	must(t, os.Chmod(to, 0o700))
+	must(t, filepath.WalkDir(to, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
+			return os.Chmod(path, 0o700)
+		}
+		if err == nil {
+			return os.Chmod(path, 0o600)
+		}
+		return err
+	}))
+}
+
+// TestStateFolderOpensNowhereElse copies alpha's folder to another TPM and under a token.
+func TestStateFolderOpensNowhereElse(t *testing.T) {
+	ctx, f := newFleet(t)
+	must(t, f.Start(ctx))
+	must(t, f.WaitReady(ctx, "first"))
+	must(t, f.Stop(ctx))
+	alpha, beta, gamma := f.Host("alpha"), f.Host("beta"), f.Host("gamma")
+	for _, other := range []*testenv.Host{beta, gamma} {
+		own := filepath.Join(f.Dir, "own-"+other.Name)
+		copyFolder(t, other.State(), own)
+		copyFolder(t, alpha.State(), other.State())
+		if err := other.Start(ctx); err == nil {
+			t.Errorf("an agent started with alpha's whole folder on %s's hardware", other.Name)
+		}
+		// the vault alone, beside the host's own provisioning
+		copyFolder(t, own, other.State())
+		copyFolder(t, filepath.Join(alpha.State(), "vault"), filepath.Join(other.State(), "vault"))
+		must(t, other.Start(ctx))
+		s, err := other.Client().Status(ctx)
+		must(t, err)
+		if !strings.Contains(s.ProtectorError, "not the one that this host's hardware committed to") || s.Keys[0].Condition != "sealed" {
+			t.Errorf("alpha's vault on %s: %q, key is %s", other.Name, s.ProtectorError, s.Keys[0].Condition)
+		}
+		must(t, other.Stop(ctx))
+		copyFolder(t, own, other.State())
+	}
+	must(t, f.Start(ctx)) // each with its own again
+	must(t, f.WaitReady(ctx, "first"))
+	checkKey(ctx, t, f, "first")
+}
+
+// TestOldStateFolderIsRefused puts a folder back from before a birth.
+func TestOldStateFolderIsRefused(t *testing.T) {
+	ctx, f := newFleet(t)
+	must(t, f.Start(ctx))
+	must(t, f.WaitReady(ctx, "first"))
+	must(t, f.Stop(ctx))
+	for _, h := range []*testenv.Host{f.Host("alpha"), f.Host("gamma")} {
+		copyFolder(t, h.State(), filepath.Join(f.Dir, "old-"+h.Name))
+	}
+	f.Keys += f.Key("second", "ed25519", 2)
+	must(t, f.WriteRoster(2))
+	must(t, f.Start(ctx))
+	must(t, f.WaitReady(ctx, "second"))
+	must(t, f.Stop(ctx))
+	for _, h := range []*testenv.Host{f.Host("alpha"), f.Host("gamma")} {
+		now := filepath.Join(f.Dir, "now-"+h.Name)
+		copyFolder(t, h.State(), now)
+		copyFolder(t, filepath.Join(f.Dir, "old-"+h.Name), h.State())
+		if err := h.Start(ctx); err == nil {
+			s, err := h.Client().Status(ctx)
+			must(t, err)
+			if s.ProtectorError == "" {
+				t.Errorf("%s opened an old state folder", h.Name)
+			}
+			for _, k := range s.Keys {
+				if k.Condition != "sealed" {
+					t.Errorf("key %s on %s is %s", k.Name, h.Name, k.Condition)
+				}
+			}
+			must(t, h.Stop(ctx))
+		}
+		copyFolder(t, now, h.State())
+	}
+	must(t, f.Start(ctx))
+	must(t, f.WaitReady(ctx, "second"))
+	checkKey(ctx, t, f, "second")
+}
+
+// TestChangedPCR closes the vault, by name, and opens it again after a reboot
+// into the old state.
+func TestChangedPCR(t *testing.T) {
+	ctx, f := newFleet(t)
+	must(t, f.Start(ctx))
+	must(t, f.WaitReady(ctx, "first"))
+	alpha := f.Host("alpha")
+	must(t, alpha.Stop(ctx))
+	must(t, alpha.Tap.Extend(4, "another boot loader"))
+	must(t, alpha.Start(ctx))
+	s, err := alpha.Client().Status(ctx)
+	must(t, err)
+	if !strings.Contains(s.ProtectorError, "PCR 4") || s.Keys[0].Condition != "sealed" {
+		t.Errorf("after a change of PCR 4: %q, key is %s", s.ProtectorError, s.Keys[0].Condition)
+	}
+	if _, err := alpha.Client().Sign(ctx, "first", []byte("m")); reason(err) != "KEY_NOT_READY" {
+		t.Errorf("signing on a sealed host: %v", err)
+	}
+	_, err = f.Host("beta").Client().Sign(ctx, "first", []byte("m"))
+	must(t, err)
+	must(t, alpha.Stop(ctx))
+	must(t, alpha.TPM.Restart(ctx))
+	alpha.Tap.Connect(alpha.TPM)
+	must(t, alpha.Start(ctx))
+	must(t, f.WaitReady(ctx, "first"))
+	checkKey(ctx, t, f, "first")
+}
+
+func reason(err error) string {
+	var e *api.Error
+	if errors.As(err, &e) {
+		return e.Reason
+	}
+	return fmt.Sprint(err)
+}
+
+// TestHostsThatAreAway stops, pauses and kills hosts under a caller.
+func TestHostsThatAreAway(t *testing.T) {
+	ctx, f := newFleet(t)
+	must(t, f.Start(ctx))
+	must(t, f.WaitReady(ctx, "first"))
+	alpha := f.Host("alpha").Client()
+	for _, h := range []*testenv.Host{f.Host("beta"), f.Host("gamma")} {
+		must(t, syscall.Kill(h.Process().Pid(), syscall.SIGSTOP)) // hangs, and does not hang up
+		for range 3 {
+			r, err := alpha.Sign(ctx, "first", []byte("m"))
+			must(t, err)
+			if slices.Contains(r.Signers, h.Name) {
+				t.Errorf("%s signed while it was stopped", h.Name)
+			}
+		}
+		must(t, syscall.Kill(h.Process().Pid(), syscall.SIGCONT))
+		must(t, f.WaitReady(ctx, "first"))
+	}
+	f.Host("beta").Kill()
+	_, err := alpha.Sign(ctx, "first", []byte("m"))
+	must(t, err)
+	f.Host("gamma").Kill()
+	_, err = alpha.Sign(ctx, "first", []byte("m"))
+	if reason(err) != "NO_QUORUM" || !strings.Contains(err.Error(), "1 of 2 hosts") || !strings.Contains(err.Error(), "beta") || !strings.Contains(err.Error(), "gamma") {
+		t.Errorf("with two hosts gone: %v", err)
+	}
+}
+
+// TestLostShareIsNotReplaced removes a host's vault; and asks for a key that
+// exists under a raised incarnation.
+func TestLostShareIsNotReplaced(t *testing.T) {
+	ctx, f := newFleet(t)
+	must(t, f.Start(ctx))
+	must(t, f.WaitReady(ctx, "first"))
+	before, err := f.Hosts[0].Client().GetKey(ctx, "first")
+	must(t, err)
+	alpha := f.Host("alpha")
+	must(t, alpha.Stop(ctx))
+	vaultFolder := filepath.Join(alpha.State(), "vault")
+	saved := filepath.Join(f.Dir, "saved")
+	copyFolder(t, vaultFolder, saved)
+	must(t, os.RemoveAll(vaultFolder))
+	if err := alpha.Init(ctx); err == nil {
+		t.Error("conseald init made a new vault over hardware that has a root")
+	}
+	must(t, alpha.Start(ctx))
+	s, err := alpha.Client().Status(ctx)
+	must(t, err)
+	if s.Keys[0].Condition != "sealed" {
+		t.Errorf("without its vault, alpha's key is %s: %s", s.Keys[0].Condition, s.Keys[0].Detail)
+	}
+	must(t, f.Stop(ctx))
+	must(t, os.RemoveAll(vaultFolder))
+	copyFolder(t, saved, vaultFolder)
+	f.Keys = strings.Replace(f.Keys, "generate = true", "generate = true\nincarnation = 2", 1)
+	must(t, f.WriteRoster(2))
+	must(t, f.Start(ctx))
+	for _, h := range f.Hosts {
+		k, err := h.Client().GetKey(ctx, "first")
+		must(t, err)
+		if k.Condition != "refused" || !strings.Contains(k.Detail, "incarnation 1") {
+			t.Errorf("raised incarnation of a born key on %s: %s: %s", h.Name, k.Condition, k.Detail)
+		}
+	}
+	must(t, f.Stop(ctx))
+	f.Keys = strings.Replace(f.Keys, "incarnation = 2", "incarnation = 1", 1)
+	must(t, f.WriteRoster(3))
+	must(t, f.Start(ctx))
+	must(t, f.WaitReady(ctx, "first"))
+	after, err := f.Hosts[0].Client().GetKey(ctx, "first")
+	must(t, err)
+	if !bytes.Equal(before.PublicKey, after.PublicKey) {
+		t.Error("the key changed")
+	}
+}
+
+// TestWrongPINIsSentOnce: the latch keeps a restarted agent from trying again.
+func TestWrongPINIsSentOnce(t *testing.T) {
+	ctx, f := newFleet(t)
+	gamma := f.Host("gamma")
+	pin, err := os.ReadFile(gamma.Token.PINFile)
+	must(t, err)
+	must(t, os.WriteFile(gamma.Token.PINFile, []byte("0000wrong"), 0o600))
+	for i, want := range []string{"PIN", "not sent again"} {
+		err := gamma.Start(ctx)
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("start %d with a wrong PIN: %v, want %q in it", i+1, err, want)
+		}
+	}
+	must(t, os.WriteFile(gamma.Token.PINFile, pin, 0o600))
+	must(t, f.Start(ctx))
+	must(t, f.WaitReady(ctx, "first"))
+}

@@ -1,0 +1,52 @@
+package vault
+
+import (
+	"bytes"
+	"crypto/sha256"
+
+	"conseal/internal/secret"
+)
+
+// RecodeManifest decodes a manifest and encodes it again.
+func RecodeManifest(b []byte) ([]byte, error) {
+	m, err := decodeManifest(b)
+	if err != nil {
+		return nil, err
+	}
+	return m.encode(), nil
+}
+
+// EncodedManifest is the manifest in plain.
+func (v *Vault) EncodedManifest() []byte { return v.now.Load().encode() }
+
+// OpenShareFile opens a share's file as if the manifest had its digest.
+func (v *Vault) OpenShareFile(id KeyID, n Number) (*secret.Bytes, error) {
+	s := *v.now.Load().keys[id].share(n)
+	b, err := readFile(v.sharePath(s.file), MaxShare+MaxPublic+4096)
+	if err != nil {
+		return nil, err
+	}
+	s.digest = sha256.Sum256(b)
+	return v.readShare(id, &s)
+}
+
+// ShareFile is where a share rests.
+func (v *Vault) ShareFile(id KeyID, n Number) string {
+	return v.sharePath(v.now.Load().keys[id].share(n).file)
+}
+
+// Secrets are a vault's keys that must be in no file as they are.
+func (v *Vault) Secrets() map[string][]byte {
+	out := map[string][]byte{}
+	keep := func(name string) func([]byte) error {
+		return func(b []byte) error { out[name] = bytes.Clone(b); return nil }
+	}
+	_ = v.root.Use(keep("root"))
+	_ = v.class.Use(keep("class key"))
+	for id, r := range v.now.Load().keys {
+		for _, s := range r.shares {
+			out["erasure key of "+id.Name+" "+s.number.String()] = bytes.Clone(s.erasure[:])
+		}
+	}
+	return out
+}
