@@ -203,7 +203,7 @@ func (s *sockets) close() {
 
 // handlerOptions bound what a caller may send and give errors their details.
 func (a *Agent) handlerOptions() []connect.HandlerOption {
-	limit := a.config.Limits.Message*4/3 + 4096 // JSON carries bytes as base64
+	const limit = maxFrame * 4 / 3 // JSON carries bytes as base64; Sign looks at the configured limit
 	return []connect.HandlerOption{
 		connect.WithReadMaxBytes(limit),
 		connect.WithInterceptors(connect.UnaryInterceptorFunc(func(next connect.UnaryFunc) connect.UnaryFunc {
