@@ -28,6 +28,7 @@ var allowed = map[string][]string{
 	"agent/peer/peerpb":            {},
 	"agent/peer":                   {"agent/peer/...", "protocol", "config"},
 	"agent/vault":                  {"internal/secret", "internal/failpoint"},
+	"agent/vault/vaulttest":        {"agent/vault", "internal/secret"},
 	"agent/epoch":                  {"agent/vault", "protocol"},
 	"agent":                        {"internal/...", "protocol/...", "config", "agent/..."},
 	"cmd/conseald":                 {"agent", "agent/vault", "config", "hsm", "tpm"},

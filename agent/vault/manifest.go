@@ -151,7 +151,10 @@ func (v *Vault) writeSlot(slot int, m *manifest, root *secret.Bytes) error {
 	out = append(append(out, salt...), tag...)
 	out = aead.Seal(out, make([]byte, aead.NonceSize()), plain, bytes.Clone(out))
 	digest := sha256.Sum256(out)
-	return writeFile(v.slotPath(slot), append(out, digest[:]...), "vault/manifest")
+	if out = append(out, digest[:]...); len(out) > maxManifest {
+		return fmt.Errorf("it would have %d bytes, and %d are the limit: drop what is staged", len(out), maxManifest)
+	}
+	return writeFile(v.slotPath(slot), out, "vault/manifest")
 }
 
 // readSlots returns the newest manifest that root opens.

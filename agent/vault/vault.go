@@ -125,7 +125,7 @@ type Vault struct {
 		sync.Mutex
 		shares map[fileName]*secret.Bytes // opened shares, by file
 	}
-	closed  bool         // guarded by opened
+	closed  bool         // changed while writing and opened are held
 	erasing sync.RWMutex // held for reading while an erasure key is in use
 }
 
@@ -262,8 +262,8 @@ func (v *Vault) unfinished() bool {
 		return true
 	}
 	for slot := range slots {
-		if _, err := os.Stat(v.slotPath(slot)); err == nil {
-			return false
+		if _, err := os.Lstat(v.slotPath(slot)); !errors.Is(err, os.ErrNotExist) {
+			return false // it is there, or the disk does not say
 		}
 	}
 	return true
@@ -414,7 +414,7 @@ func (v *Vault) Activate(ctx context.Context, id KeyID, n Number, certificate []
 
 // Drop erases shares for good: once it returns nil, no copy of the folder, older
 // or not, opens them on this host's hardware. It refuses the active share, and one
-// that this host voted for while no epoch of the key's name is active: its
+// that this host voted for until a later one of the key's name is active: its
 // certificate may be elsewhere. Shares that are not there are passed over.
 func (v *Vault) Drop(ctx context.Context, drops []Drop) error {
 	if len(drops) == 0 {
@@ -435,8 +435,8 @@ func (v *Vault) Drop(ctx context.Context, drops []Drop) error {
 		switch {
 		case r.active == d.Number:
 			return fmt.Errorf("dropping epoch %s of key %q: it is the active one", d.Number, d.Key.Name)
-		case r.voted != nil && r.voted.Number == d.Number && !next.bornSince(d.Key):
-			return fmt.Errorf("dropping epoch %s of key %q: this host voted for it, and no other was born since", d.Number, d.Key.Name)
+		case r.voted != nil && r.voted.Number == d.Number && !next.supersedes(d):
+			return fmt.Errorf("dropping epoch %s of key %q: this host voted for it, and no later one is active", d.Number, d.Key.Name)
 		}
 		erased = append(erased, *r.share(d.Number))
 		r.shares = slices.DeleteFunc(r.shares, func(s share) bool { return s.number == d.Number })
@@ -450,11 +450,14 @@ func (v *Vault) Drop(ctx context.Context, drops []Drop) error {
 	return nil
 }
 
-// bornSince tells whether an epoch of this key, or of a later one of its name, is
-// active.
-func (m *manifest) bornSince(id KeyID) bool {
-	for other, r := range m.keys {
-		if other.Name == id.Name && other.Incarnation >= id.Incarnation && r.active != (Number{}) {
+// supersedes tells whether a later epoch of the key, or one of a later key of its
+// name, is active.
+func (m *manifest) supersedes(d Drop) bool {
+	for id, r := range m.keys {
+		if id.Name != d.Key.Name || r.active == (Number{}) {
+			continue
+		}
+		if id.Incarnation > d.Key.Incarnation || id == d.Key && r.active.Compare(d.Number) > 0 {
 			return true
 		}
 	}
@@ -487,17 +490,16 @@ func (v *Vault) openShare(id KeyID, s *share) (*secret.Bytes, error) {
 	}
 	plain, err := v.readShare(id, s)
 	if err != nil {
-		return nil, err
+		return nil, v.orErased(err, id, s)
 	}
 	v.opened.Lock()
 	defer v.opened.Unlock()
 	first := v.opened.shares[s.file]
-	r := v.now.Load().keys[id]
 	switch {
 	case v.closed:
 		plain.Wipe()
 		return nil, secret.ErrWiped
-	case r == nil || r.share(s.number) == nil || r.share(s.number).file != s.file: // erased meanwhile
+	case !v.holds(id, s): // erased meanwhile
 		plain.Wipe()
 		return nil, ErrNoShare
 	case first != nil:
@@ -506,6 +508,20 @@ func (v *Vault) openShare(id KeyID, s *share) (*secret.Bytes, error) {
 	}
 	v.opened.shares[s.file] = plain
 	return plain, nil
+}
+
+func (v *Vault) holds(id KeyID, s *share) bool {
+	r := v.now.Load().keys[id]
+	return r != nil && r.share(s.number) != nil && r.share(s.number).file == s.file
+}
+
+// orErased replaces the error of reading a share by [ErrNoShare] if the share was
+// erased meanwhile: half erased, it looks damaged.
+func (v *Vault) orErased(err error, id KeyID, s *share) error {
+	if !v.holds(id, s) {
+		return ErrNoShare
+	}
+	return err
 }
 
 // forget removes what is left in memory and on disk of shares that were erased.
@@ -530,7 +546,7 @@ func (v *Vault) Public(id KeyID, n Number) ([]byte, error) {
 	}
 	f, err := v.readShareFile(id, r.share(n))
 	if err != nil {
-		return nil, fmt.Errorf("public output of key %q, epoch %s: %w", id.Name, n, err)
+		return nil, fmt.Errorf("public output of key %q, epoch %s: %w", id.Name, n, v.orErased(err, id, r.share(n)))
 	}
 	return f.public, nil
 }
@@ -543,6 +559,8 @@ func (v *Vault) Certificate(id KeyID) ([]byte, error) {
 	}
 	return v.readCertificate(r.certificate)
 }
+
+var errClosed = errors.New("the vault is closed")
 
 // errNoChange is returned by an edit that finds everything as it should be.
 var errNoChange = errors.New("no change")
@@ -609,8 +627,12 @@ func (v *Vault) commit(ctx context.Context, next *manifest, newRoot bool, erased
 const settleTimeout = 30 * time.Second
 
 // settle finds out which root the hardware has, if that is open: it is read back
-// after each change, and after an error it tells what happened.
+// after each change, and after an error it tells what happened. v.writing is held.
+// A vault that was closed is nobody's to write.
 func (v *Vault) settle(ctx context.Context) error {
+	if v.closed {
+		return errClosed
+	}
 	if v.unsure == nil {
 		return nil
 	}
