@@ -267,7 +267,7 @@ func (n network) Frame(from protocol.HostID, f *peerpb.Frame) {
 		}
 		a.sessions.deliver(body.Step.Session, event{from: from, step: body.Step})
 	case *peerpb.Frame_End:
-		a.sessions.deliver(body.End.Session, event{from: from, err: &partyError{from, body.End.Reason, body.End.Text}})
+		a.sessions.deliver(body.End.Session, event{from: from, err: &partyError{from, clean(body.End.Reason), clean(body.End.Text)}})
 	case *peerpb.Frame_Open:
 		err = a.opened(from, body.Open)
 	case *peerpb.Frame_Key:
@@ -292,6 +292,11 @@ type complaints struct {
 
 // complain logs something that a peer did, unless there were many just now.
 func (a *Agent) complain(text string, args ...any) {
+	for i, arg := range args {
+		if err, ok := arg.(error); ok {
+			args[i] = clean(err.Error()) // it may quote what the peer sent
+		}
+	}
 	if !a.complaints.limit.Allow() {
 		a.complaints.dropped.Add(1)
 		return
@@ -321,7 +326,10 @@ func (a *Agent) opened(from protocol.HostID, open *peerpb.Open) error {
 		a.complain("session refused or failed", "operation", b.Operation, "key", b.Key, "session", b.ID().String(), "peer", from, "error", err)
 		reason, text := reasonAborted, err.Error()
 		var party *partyError
-		if errors.As(err, &party) && party.reason != "" {
+		switch {
+		case errors.Is(err, errLedger):
+			reason = reasonNoLedger
+		case errors.As(err, &party) && party.reason != "":
 			reason, text = party.reason, party.text
 		}
 		_ = a.net.Send(from, endFrame(b.ID(), reason, text)) // it may be gone
@@ -362,10 +370,11 @@ func (a *Agent) offered(from protocol.HostID, offer *peerpb.CertificateOffer) er
 		return err
 	}
 	k, v := a.keys[c.Subject.Key.Name], a.vault.Load()
-	if k == nil || v == nil || k.active.Load() != nil {
+	if k == nil || v == nil || k.active.Load() != nil || !a.sessions.admit(from) {
 		return nil
 	}
 	a.tasks.Go(func() {
+		defer a.sessions.release(from)
 		if err := a.adopt(a.ctx, k, v, c); err != nil {
 			a.complain("certificate not taken up", "peer", from, "key", k.id.Name, "error", err)
 		}

@@ -64,11 +64,7 @@ func (a *Agent) generate(ctx context.Context, k *key, n vault.Number) {
 	k.mu.Lock()
 	wait := time.Until(k.retry.after)
 	k.mu.Unlock()
-	if wait > 0 {
-		time.AfterFunc(wait, a.nudge)
-		return
-	}
-	if !k.birth.TryLock() {
+	if wait > 0 || !k.birth.TryLock() {
 		return
 	}
 	a.tasks.Go(func() {
@@ -77,6 +73,7 @@ func (a *Agent) generate(ctx context.Context, k *key, n vault.Number) {
 		k.mu.Lock()
 		if err != nil {
 			k.retry.fail(err)
+			time.AfterFunc(time.Until(k.retry.after), a.nudge)
 		}
 		k.mu.Unlock()
 		if err != nil && ctx.Err() == nil {
@@ -221,7 +218,7 @@ func (a *Agent) joinKeygen(ctx context.Context, from protocol.HostID, k *key, b 
 	if err != nil {
 		return err
 	}
-	if err := agreeStaged(record, counted); err != nil {
+	if err := agreeStaged(a.self, record, counted); err != nil {
 		return err
 	}
 	ctx, end := a.startGeneration(ctx, k)
@@ -244,7 +241,7 @@ func (a *Agent) joinKeygen(ctx context.Context, from protocol.HostID, k *key, b 
 
 // agreeStaged refuses to start a generation on a wrong count of what is staged
 // here: an earlier number could become complete at the same time.
-func agreeStaged(record vault.Record, counted []*peerpb.Staged) error {
+func agreeStaged(self protocol.HostID, record vault.Record, counted []*peerpb.Staged) error {
 	same := len(counted) == len(record.Staged)
 	for _, p := range counted {
 		s, err := parseStaged(p)
@@ -253,7 +250,7 @@ func agreeStaged(record vault.Record, counted []*peerpb.Staged) error {
 		})
 	}
 	if !same {
-		return &partyError{reason: reasonNotReady, text: "it has staged other shares than were counted"}
+		return &partyError{self, reasonNotReady, "it has staged other shares than were counted"}
 	}
 	return nil
 }
@@ -327,10 +324,20 @@ func wireBinding(b *protocol.Binding) *peerpb.Binding {
 	}
 }
 
+// maxName and maxNames bound what a binding names: no roster has longer names.
+const (
+	maxName  = 63 // bytes
+	maxNames = 1024
+)
+
 func parseBinding(p *peerpb.Binding) (*protocol.Binding, error) {
 	b := &protocol.Binding{
 		Operation: p.GetOperation(), Scheme: p.GetScheme(), Key: p.GetKey(), Incarnation: p.GetIncarnation(),
 		Epoch: [2]uint64{p.GetEpoch().GetRoster(), p.GetEpoch().GetAttempt()}, Quorum: p.GetQuorum(),
+	}
+	names := slices.Concat([]string{b.Operation, b.Scheme, b.Key}, p.GetParties())
+	if len(names) > maxNames || slices.ContainsFunc(names, func(s string) bool { return len(s) > maxName }) {
+		return nil, errors.New("binding: a name is too long, or there are too many")
 	}
 	for _, h := range p.GetParties() {
 		b.Parties = append(b.Parties, protocol.HostID(h))

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 	"time"
 
 	"conseal/agent/epoch"
@@ -166,7 +168,7 @@ func (a *Agent) unborn(ctx context.Context, k *key, v *vault.Vault) (name, detai
 		}
 		return "waiting", action.Why
 	case epoch.Fetch:
-		return a.fetch(k, v, action.From)
+		return a.fetch(k, v)
 	case epoch.Generate:
 		a.generate(ctx, k, action.Number)
 		return "generating", a.progress(k)
@@ -199,16 +201,24 @@ func (a *Agent) unbornState(k *key) *epoch.Unborn {
 	return u
 }
 
-// fetch asks for a certificate that another host says it has.
-func (a *Agent) fetch(k *key, v *vault.Vault, from protocol.HostID) (name, detail string) {
-	f := &peerpb.CertificateRequest{Key: k.id.Name, Incarnation: k.id.Incarnation}
-	if err := a.net.Send(from, &peerpb.Frame{Body: &peerpb.Frame_Want{Want: f}}); err != nil {
-		return "waiting", fmt.Sprintf("host %q has the key's certificate: %v", from, err)
+// fetch asks for the certificate that other hosts say they have: all of them, as
+// one may lie and another may not.
+func (a *Agent) fetch(k *key, v *vault.Vault) (name, detail string) {
+	var from []string
+	k.mu.Lock()
+	for _, h := range k.holders {
+		if k.views[h].Active && h != a.self {
+			from = append(from, strconv.Quote(string(h)))
+			f := &peerpb.CertificateRequest{Key: k.id.Name, Incarnation: k.id.Incarnation}
+			_ = a.net.Send(h, &peerpb.Frame{Body: &peerpb.Frame_Want{Want: f}}) // asked again if it is lost
+		}
 	}
+	k.mu.Unlock()
+	hosts := strings.Join(from, ", ")
 	if record, _ := v.Record(k.id); len(record.Staged) == 0 {
-		return "lost", fmt.Sprintf("host %q says that the key exists, and this host holds no share of it: the share was lost; nothing is generated in its place", from)
+		return "lost", fmt.Sprintf("host %s says that the key exists, and this host holds no share of it: the share was lost; nothing is generated in its place", hosts)
 	}
-	return "waiting", fmt.Sprintf("fetching the key's certificate from host %q", from)
+	return "waiting", fmt.Sprintf("fetching the key's certificate from host %s", hosts)
 }
 
 // adopt takes a certificate that a peer sent or that was put together here.

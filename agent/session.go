@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
+	"unicode"
 
 	"conseal/agent/peer/peerpb"
 	"conseal/protocol"
@@ -90,7 +92,7 @@ func (s *sessions) open(id protocol.SessionID, self protocol.HostID, parties []p
 	others := slices.DeleteFunc(slices.Clone(parties), func(h protocol.HostID) bool { return h == self })
 	box := &inbox{
 		id: id, parties: others,
-		events: make(chan event, eventsPerParty*len(others)), count: map[protocol.HostID]int{},
+		events: make(chan event, (eventsPerParty+1)*len(others)), count: map[protocol.HostID]int{},
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -122,9 +124,14 @@ func (s *sessions) deliver(id []byte, ev event) {
 }
 
 // put queues an event; sessions.mu is held. The channel has room for all that
-// the parties may send; what a party sends beyond that is dropped.
+// the parties may send, and for the end of each; what a party sends beyond that
+// is dropped.
 func (b *inbox) put(ev event) {
-	if b.count[ev.from] < eventsPerParty && slices.Contains(b.parties, ev.from) {
+	limit := eventsPerParty
+	if ev.err != nil {
+		limit++
+	}
+	if b.count[ev.from] < limit && slices.Contains(b.parties, ev.from) {
 		b.count[ev.from]++
 		b.events <- ev
 	}
@@ -228,8 +235,20 @@ func hangUp(box *inbox, send sender, cause error) {
 }
 
 func endFrame(id protocol.SessionID, reason, text string) *peerpb.Frame {
-	if len(text) > 512 {
-		text = text[:512]
+	return &peerpb.Frame{Body: &peerpb.Frame_End{End: &peerpb.End{Session: id[:], Reason: reason, Text: clean(text)}}}
+}
+
+// clean makes a text that a peer reads, or wrote, fit for logs and terminals, and
+// for protobuf, which refuses to send what is not UTF-8.
+func clean(text string) string {
+	const most = 512
+	if len(text) > most {
+		text = text[:most]
 	}
-	return &peerpb.Frame{Body: &peerpb.Frame_End{End: &peerpb.End{Session: id[:], Reason: reason, Text: text}}}
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(text, ""))
 }

@@ -83,6 +83,9 @@ func (a *Agent) hear(from protocol.HostID, s *peerpb.KeyStatus) error {
 		}
 		view.Staged = append(view.Staged, st)
 	}
+	if err := k.tooFar(a.self, a.roster.Version, view.Staged); err != nil {
+		return err
+	}
 	var statement *epoch.Statement
 	if s.Voted != nil {
 		if view.Voted, statement, err = a.parseVote(k, from, s); err != nil {
@@ -92,17 +95,38 @@ func (a *Agent) hear(from protocol.HostID, s *peerpb.KeyStatus) error {
 	return a.heard(k, from, view, statement, s.Certificate)
 }
 
+// tooFar refuses numbers that [Agent.mayGenerate] would refuse to go beyond: they
+// would stop every generation here, in this host's name.
+func (k *key) tooFar(self protocol.HostID, version uint64, claimed []epoch.Staged) error {
+	k.mu.Lock()
+	own := k.views[self].Staged
+	k.mu.Unlock()
+	for _, st := range claimed {
+		highest := uint64(0)
+		for _, s := range own {
+			highest = max(highest, s.Number.Attempt)
+		}
+		if st.Number.Roster > version+maxJump || st.Number.Attempt >= highest+maxJump {
+			return fmt.Errorf("key %q: staged epoch %s jumps too far ahead", k.id.Name, st.Number)
+		}
+	}
+	return nil
+}
+
 // heard enters a peer's view of a key.
 func (a *Agent) heard(k *key, from protocol.HostID, view epoch.View, statement *epoch.Statement, claim []byte) error {
+	var id [32]byte
+	if view.Active {
+		var err error
+		if id, err = digest(claim); err != nil {
+			return err
+		}
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.views[from] = view
 	delete(k.claims, from)
 	if view.Active {
-		id, err := digest(claim)
-		if err != nil {
-			return err
-		}
 		k.claims[from] = id
 	}
 	if statement != nil {
