@@ -417,6 +417,16 @@ func (r *rogue) open(to protocol.HostID, b *protocol.Binding, message []byte) {
 	r.send(to, &peerpb.Frame{Body: &peerpb.Frame_Open{Open: &peerpb.Open{Binding: wireBinding(b), Message: message}}})
 }
 
+// binding reads a request of an honest host.
+func (r *rogue) binding(open *peerpb.Open) *protocol.Binding {
+	b, err := parseBinding(open.Binding)
+	if err != nil {
+		r.t.Errorf("an honest host sent %v: %v", open, err)
+		return &protocol.Binding{}
+	}
+	return b
+}
+
 func endOf(id protocol.SessionID) func(*peerpb.Frame) bool {
 	return func(f *peerpb.Frame) bool { return bytes.Equal(f.GetEnd().GetSession(), id[:]) }
 }
@@ -490,13 +500,18 @@ func TestLyingSigner(t *testing.T) {
 	defer share.close()
 	r.claim("alpha")
 	join := func(open *peerpb.Open, send sender) {
-		b, err := parseBinding(open.Binding)
-		ok(t, err)
+		b := r.binding(open)
 		box, err := r.sessions.open(b.ID(), r.self, []protocol.HostID{"alpha"})
-		ok(t, err)
+		if err != nil {
+			t.Error(err)
+			return
+		}
 		defer r.sessions.close(box)
 		session, err := share.sign(signing{id: box.id, self: r.self, coordinator: "alpha", signers: b.Parties, message: open.Message})
-		ok(t, err)
+		if err != nil {
+			t.Error(err)
+			return
+		}
 		defer session.Close()
 		_ = drive(l.ctx, r.self, session, box, send, nil)
 	}
@@ -530,14 +545,10 @@ func TestLyingSigner(t *testing.T) {
 			})
 		}},
 		"it refuses": {"not today", func(open *peerpb.Open) {
-			b, err := parseBinding(open.Binding)
-			ok(t, err)
-			_ = r.net.Send("alpha", endFrame(b.ID(), "REFUSED", "not today"))
+			_ = r.net.Send("alpha", endFrame(r.binding(open).ID(), "REFUSED", "not today"))
 		}},
 		"it shouts": {"AAAA", func(open *peerpb.Open) {
-			b, err := parseBinding(open.Binding)
-			ok(t, err)
-			f := endFrame(b.ID(), "", "")
+			f := endFrame(r.binding(open).ID(), "", "")
 			f.GetEnd().Text = strings.Repeat("A", 1<<20) + "\x1b[2J"
 			_ = r.net.Send("alpha", f)
 		}},
@@ -658,13 +669,9 @@ func TestStepsOfStrangers(t *testing.T) {
 	l := born(t)
 	r := l.betray("beta")
 	r.claim("alpha")
-	var seen sync.Map
 	r.react(func(from protocol.HostID, f *peerpb.Frame) {
 		if open := f.GetOpen(); open != nil { // as a signer, feed the other signers too
-			b, err := parseBinding(open.Binding)
-			ok(t, err)
-			id := b.ID()
-			seen.Store(id, true)
+			id := r.binding(open).ID()
 			for _, h := range r.others() {
 				for round := range uint32(5) {
 					_ = r.net.Send(h, &peerpb.Frame{Body: &peerpb.Frame_Step{Step: &peerpb.Step{Session: id[:], Round: round, Body: make([]byte, 64*round)}}})
@@ -699,7 +706,6 @@ func TestFloods(t *testing.T) {
 	r := l.betray("beta")
 	alpha := l.hosts["alpha"].agent
 	message := []byte("flood")
-	long := strings.Repeat("x", 1<<20)
 	binding := wireBinding(r.signing("alpha", message, "alpha", "beta"))
 	flood := func(i int) *peerpb.Frame {
 		switch i % 8 {
@@ -724,16 +730,18 @@ func TestFloods(t *testing.T) {
 		r.send("alpha", flood(i))
 		most = max(most, runtime.NumGoroutine())
 	}
-	for _, name := range []*string{&binding.Operation, &binding.Key, &binding.Scheme} { // and some with long names
-		o := proto.Clone(binding).(*peerpb.Binding)
-		*name = long
-		o.Operation, o.Key, o.Scheme = binding.Operation, binding.Key, binding.Scheme
-		*name = map[*string]string{&binding.Operation: "sign", &binding.Key: "first", &binding.Scheme: "ed25519"}[name]
-		r.send("alpha", &peerpb.Frame{Body: &peerpb.Frame_Open{Open: &peerpb.Open{Binding: o, Message: message}}})
+	long := strings.Repeat("x", 1<<20) // and what would fill the log
+	for _, set := range []func(*peerpb.Binding){
+		func(b *peerpb.Binding) { b.Operation = long },
+		func(b *peerpb.Binding) { b.Scheme = long },
+		func(b *peerpb.Binding) { b.Key = long },
+		func(b *peerpb.Binding) { b.Parties[0] = long },
+		func(b *peerpb.Binding) { b.Parties = make([]string, 1<<20) },
+	} {
+		f := flood(3)
+		set(f.GetOpen().Binding)
+		r.send("alpha", f)
 	}
-	crowd := proto.Clone(binding).(*peerpb.Binding)
-	crowd.Parties = make([]string, 1<<20)
-	r.send("alpha", &peerpb.Frame{Body: &peerpb.Frame_Open{Open: &peerpb.Open{Binding: crowd, Message: message}}})
 	for i := range 3 {
 		_, err := l.sign("alpha", fmt.Appendf(nil, "honest %d", i))
 		ok(t, err)
@@ -782,7 +790,6 @@ func TestForgedCertificates(t *testing.T) {
 	u := newLab(t) // another fleet of the same names, whose key is not born yet
 	u.start("alpha", "gamma")
 	r := u.betray("beta")
-	digest := u.key("alpha").digest
 
 	subject := u.key("alpha").subject("lab", epoch.Staged{Number: vault.Number{Roster: 1, Attempt: 1}, Output: epoch.OutputDigest("ed25519", true1.Public)})
 	forged := func(change func(*epoch.Certificate), signers ...string) *peerpb.Frame {
@@ -843,7 +850,6 @@ func TestForgedCertificates(t *testing.T) {
 	if limit := goroutines + u.hosts["alpha"].config.Limits.SessionsPerPeer + 64; most > limit {
 		t.Errorf("2000 certificates took %d goroutines, %d before", most, goroutines)
 	}
-	_ = digest
 }
 
 // What a host says of a key is believed only as far as it is signed or of the
@@ -866,20 +872,26 @@ func TestLiesAboutAKey(t *testing.T) {
 		lie  func(*peerpb.KeyStatus)
 		want string
 	}{
-		"65 staged":             {func(s *peerpb.KeyStatus) { s.Staged = slices.Repeat([]*peerpb.Staged{st(one)}, 65) }, "65 staged"},
-		"a short digest":        {func(s *peerpb.KeyStatus) { s.Staged = []*peerpb.Staged{{Number: number(one), Output: []byte{1}}} }, "digest of 1"},
-		"no digest":             {func(s *peerpb.KeyStatus) { s.Staged = []*peerpb.Staged{{}} }, "digest of 0"},
-		"a short entry":         {func(s *peerpb.KeyStatus) { s.Entry = s.Entry[:31] }, "digest of 31"},
-		"a short certificate":   {func(s *peerpb.KeyStatus) { s.Active, s.Certificate = number(one), []byte{1} }, "digest of 1"},
-		"a vote, no statement":  {func(s *peerpb.KeyStatus) { s.Voted = st(one) }, "decoding a statement"},
-		"a vote, garbage":       {func(s *peerpb.KeyStatus) { s.Voted, s.Statement = st(one), []byte("garbage") }, "decoding a statement"},
-		"a vote, by another":    {func(s *peerpb.KeyStatus) { s.Voted, s.Statement = st(one), statement("gamma", "gamma") }, "gamma"},
-		"a vote, stolen name":   {func(s *peerpb.KeyStatus) { s.Voted, s.Statement = st(one), statement("beta", "gamma") }, "identity"},
-		"a vote, of another":    {func(s *peerpb.KeyStatus) { s.Voted, s.Statement = st(vault.Number{Roster: 1, Attempt: 2}), statement("beta", "beta") }, "wrong signature"},
-		"a far attempt":         {func(s *peerpb.KeyStatus) { s.Staged = []*peerpb.Staged{st(vault.Number{Roster: 1, Attempt: 1 << 63})} }, "too far"},
-		"the last attempt":      {func(s *peerpb.KeyStatus) { s.Staged = []*peerpb.Staged{st(vault.Number{Roster: 1, Attempt: 1<<64 - 1})} }, "too far"},
-		"a far roster":          {func(s *peerpb.KeyStatus) { s.Staged = []*peerpb.Staged{st(vault.Number{Roster: 1 << 62, Attempt: 1})} }, "too far"},
-		"a long name of holder": {func(s *peerpb.KeyStatus) { s.Voted, s.Statement = st(one), statement(protocol.HostID(strings.Repeat("x", 1<<16)), "beta") }, "xxxx"},
+		"65 staged":            {func(s *peerpb.KeyStatus) { s.Staged = slices.Repeat([]*peerpb.Staged{st(one)}, 65) }, "65 staged"},
+		"a short digest":       {func(s *peerpb.KeyStatus) { s.Staged = []*peerpb.Staged{{Number: number(one), Output: []byte{1}}} }, "digest of 1"},
+		"no digest":            {func(s *peerpb.KeyStatus) { s.Staged = []*peerpb.Staged{{}} }, "digest of 0"},
+		"a short entry":        {func(s *peerpb.KeyStatus) { s.Entry = s.Entry[:31] }, "digest of 31"},
+		"a short certificate":  {func(s *peerpb.KeyStatus) { s.Active, s.Certificate = number(one), []byte{1} }, "digest of 1"},
+		"a vote, no statement": {func(s *peerpb.KeyStatus) { s.Voted = st(one) }, "decoding a statement"},
+		"a vote, garbage":      {func(s *peerpb.KeyStatus) { s.Voted, s.Statement = st(one), []byte("garbage") }, "decoding a statement"},
+		"a vote, by another":   {func(s *peerpb.KeyStatus) { s.Voted, s.Statement = st(one), statement("gamma", "gamma") }, "gamma"},
+		"a vote, stolen name":  {func(s *peerpb.KeyStatus) { s.Voted, s.Statement = st(one), statement("beta", "gamma") }, "identity"},
+		"a vote, of another": {func(s *peerpb.KeyStatus) {
+			s.Voted, s.Statement = st(vault.Number{Roster: 1, Attempt: 2}), statement("beta", "beta")
+		}, "wrong signature"},
+		"a far attempt": {func(s *peerpb.KeyStatus) { s.Staged = []*peerpb.Staged{st(vault.Number{Roster: 1, Attempt: 1 << 63})} }, "too far"},
+		"the last attempt": {func(s *peerpb.KeyStatus) {
+			s.Staged = []*peerpb.Staged{st(vault.Number{Roster: 1, Attempt: 1<<64 - 1})}
+		}, "too far"},
+		"a far roster": {func(s *peerpb.KeyStatus) { s.Staged = []*peerpb.Staged{st(vault.Number{Roster: 1 << 62, Attempt: 1})} }, "too far"},
+		"a long name of holder": {func(s *peerpb.KeyStatus) {
+			s.Voted, s.Statement = st(one), statement(protocol.HostID(strings.Repeat("x", 1<<16)), "beta")
+		}, "xxxx"},
 	} {
 		before := len(l.hosts["alpha"].log.String())
 		r.says(c.lie, "alpha")
@@ -899,4 +911,264 @@ func TestLiesAboutAKey(t *testing.T) {
 		k.mu.Unlock()
 	}
 	l.untilSays("alpha", "waiting", "beta")
+}
+
+// made is a share that a rogue made with the others.
+type made struct {
+	number vault.Number
+	public []byte
+}
+
+func (m *made) staged() *peerpb.Staged { return staged(m.choice()) }
+
+func (m *made) choice() epoch.Staged {
+	return epoch.Staged{Number: m.number, Output: epoch.OutputDigest("ed25519", m.public)}
+}
+
+// vote is the rogue's word about a share.
+func (r *rogue) vote(choice epoch.Staged) func(*peerpb.KeyStatus) {
+	r.t.Helper()
+	subject := r.key.subject("lab", choice)
+	st, err := subject.Sign(r.self, r.hosts[string(r.self)].identity)
+	ok(r.t, err)
+	b, err := st.Encode()
+	ok(r.t, err)
+	return func(s *peerpb.KeyStatus) { s.Voted, s.Statement = staged(choice), b }
+}
+
+// has says that the rogue has staged shares.
+func has(shares ...*made) func(*peerpb.KeyStatus) {
+	return func(s *peerpb.KeyStatus) {
+		for _, m := range shares {
+			s.Staged = append(s.Staged, m.staged())
+		}
+	}
+}
+
+func both(one, other func(*peerpb.KeyStatus)) func(*peerpb.KeyStatus) {
+	return func(s *peerpb.KeyStatus) { one(s); other(s) }
+}
+
+// keygen takes part in the first key generation that alpha starts.
+func (r *rogue) keygen() *made {
+	r.t.Helper()
+	for _, h := range r.others() {
+		r.says(has(), h)
+	}
+	open := r.hears("a key generation", "alpha", func(f *peerpb.Frame) bool { return f.GetOpen() != nil }).GetOpen()
+	b := r.binding(open)
+	box, err := r.sessions.open(b.ID(), r.self, r.key.holders)
+	ok(r.t, err)
+	defer r.sessions.close(box)
+	r.send("alpha", readyFrame(box.id))
+	early, err := gather(r.ctx, box, []protocol.HostID{"alpha"})
+	ok(r.t, err)
+	return r.make(b, box, early)
+}
+
+// lead starts a key generation as the first holder.
+func (r *rogue) lead(n vault.Number, counted ...*made) (*made, error) {
+	r.t.Helper()
+	b := r.key.binding("keygen", n, r.key.holders, [32]byte{})
+	rand.Read(b.Nonce[:])
+	box, err := r.sessions.open(b.ID(), r.self, r.key.holders)
+	ok(r.t, err)
+	defer r.sessions.close(box)
+	open := &peerpb.Open{Binding: wireBinding(&b)}
+	for _, m := range counted {
+		open.Staged = append(open.Staged, m.staged())
+	}
+	for _, h := range box.parties {
+		r.send(h, &peerpb.Frame{Body: &peerpb.Frame_Open{Open: open}})
+	}
+	early, err := gather(r.ctx, box, box.parties)
+	if err != nil {
+		hangUp(box, r.net.Send, err)
+		return nil, err
+	}
+	for _, h := range box.parties {
+		r.send(h, readyFrame(box.id))
+	}
+	return r.make(&b, box, early), nil
+}
+
+func (r *rogue) make(b *protocol.Binding, box *inbox, early []event) *made {
+	r.t.Helper()
+	session, err := r.key.scheme.keygen(box.id, r.self, r.key.holders, 2)
+	ok(r.t, err)
+	defer session.Close()
+	ok(r.t, drive(r.ctx, r.self, session, box, r.net.Send, early))
+	public, share, err := session.result()
+	ok(r.t, err)
+	share.Wipe()
+	m := &made{vault.Number{Roster: b.Epoch[0], Attempt: b.Epoch[1]}, public}
+	for _, h := range r.others() {
+		r.hears("the share is staged", h, func(f *peerpb.Frame) bool {
+			return slices.ContainsFunc(f.GetKey().GetStaged(), func(s *peerpb.Staged) bool { return proto.Equal(s, m.staged()) })
+		})
+	}
+	return m
+}
+
+// statement waits for the vote of an honest host and returns it.
+func (r *rogue) statement(of protocol.HostID) epoch.Statement {
+	r.t.Helper()
+	f := r.hears(string(of)+" votes", of, func(f *peerpb.Frame) bool { return f.GetKey().GetVoted() != nil })
+	st, err := epoch.DecodeStatement(f.GetKey().Statement)
+	ok(r.t, err)
+	return st
+}
+
+// wantUnborn wants that no honest host shows a public key.
+func (l *lab) wantUnborn(hosts ...string) {
+	l.t.Helper()
+	for _, h := range hosts {
+		if len(l.key(h).describe(protocol.HostID(h)).PublicKey) != 0 {
+			l.t.Fatalf("%s shows a public key", h)
+		}
+	}
+}
+
+// wantOneKey wants the same key and certificate on honest hosts, with a signature.
+func (l *lab) wantOneKey(m *made, hosts ...string) {
+	l.t.Helper()
+	l.untilActive(hosts...)
+	for _, h := range hosts {
+		if c := l.key(h).active.Load().certificate; !bytes.Equal(c.Public, m.public) {
+			l.t.Errorf("%s has another key", h)
+		}
+	}
+	l.untilSays(hosts[0], "ready")
+	signers, err := l.sign(hosts[0], []byte("born"))
+	ok(l.t, err)
+	if !slices.Equal(signers, hosts) {
+		l.t.Errorf("signed by %q", signers)
+	}
+}
+
+// A host that says it has its share to one and not to the other, and that keeps
+// its statement back, delays a birth. Both are told, and there is one key.
+func TestBirthWithTwoFacedHost(t *testing.T) {
+	l := newLab(t)
+	l.start("alpha", "gamma")
+	r := l.betray("beta")
+	m := r.keygen()
+	r.says(has(m), "alpha")
+	r.says(has(), "gamma")
+	r.statement("alpha")
+	l.untilSays("gamma", "refused", "was voted for", `host "beta" does not have its share`, "incarnation")
+	l.untilSays("alpha", "waiting", "the statements of", `"beta"`)
+	l.wantUnborn("alpha", "gamma")
+	r.says(has(m), "gamma")
+	r.statement("gamma")
+	l.untilSays("alpha", "waiting", `waiting for the statements of "beta"`)
+	l.untilSays("gamma", "waiting", `waiting for the statements of "beta"`)
+	l.wantUnborn("alpha", "gamma")
+	// It can make the certificate now, and nobody else can. It shows it to one.
+	c := epoch.NewCertificate(r.key.subject("lab", m.choice()), m.public, []epoch.Statement{r.statement("alpha"), r.statement("gamma"), func() epoch.Statement {
+		s := r.key.subject("lab", m.choice())
+		st, err := s.Sign("beta", l.hosts["beta"].identity)
+		ok(t, err)
+		return st
+	}()})
+	encoded, err := c.Encode()
+	ok(t, err)
+	r.send("gamma", &peerpb.Frame{Body: &peerpb.Frame_Certificate{Certificate: &peerpb.CertificateOffer{Certificate: encoded}}})
+	l.wantOneKey(m, "alpha", "gamma") // gamma gives it to alpha
+}
+
+// Votes for what nobody has, and two votes, are refused with words that say what to do.
+func TestBirthWithHostThatVotesTwice(t *testing.T) {
+	l := newLab(t)
+	l.start("alpha", "gamma")
+	r := l.betray("beta")
+	m := r.keygen()
+	bogus := m.choice()
+	bogus.Output[0] ^= 1
+	r.says(both(has(m), r.vote(bogus)), r.others()...)
+	l.untilSays("alpha", "refused", "was voted for", "raise its `incarnation`")
+	l.untilSays("gamma", "refused", "was voted for", "raise its `incarnation`")
+	r.says(has(m), "alpha")
+	r.statement("alpha")
+	l.untilSays("gamma", "refused", "hosts have voted for different")
+	l.wantUnborn("alpha", "gamma")
+	r.says(both(has(m), r.vote(m.choice())), r.others()...)
+	l.wantOneKey(m, "alpha", "gamma")
+}
+
+// The host that starts generations cannot have two of them certified: who voted
+// for one joins no other, and a wrong count of what is staged is refused.
+func TestBirthWithLyingLeader(t *testing.T) {
+	l := newLab(t)
+	l.start("beta", "gamma")
+	r := l.betray("alpha")
+	first := vault.Number{Roster: 1, Attempt: 1}
+	next := vault.Number{Roster: 1, Attempt: 2}
+	one, err := r.lead(first)
+	ok(t, err)
+	refused := func(what, want string, n vault.Number, counted ...*made) {
+		t.Helper()
+		if m, err := r.lead(n, counted...); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: made %v, error %v, want %q", what, m, err, want)
+		}
+	}
+	refused("as if nothing were staged", "staged other shares", next)
+	refused("another output", "staged other shares", next, &made{first, []byte("other")})
+	refused("the same number again", "has staged epoch 1.1 already", first, one)
+	refused("a far number", "too far ahead", vault.Number{Roster: 1, Attempt: 1 << 40}, one)
+	refused("a far roster", "too far ahead", vault.Number{Roster: 1 << 40, Attempt: 2}, one)
+	two, err := r.lead(next, one)
+	ok(t, err)
+
+	// Each host is told of another generation as the one that all have.
+	r.says(has(one), "beta")
+	r.statement("beta")
+	r.says(both(has(two), r.vote(two.choice())), "gamma")
+	l.untilSays("gamma", "refused", "hosts have voted for different", "incarnation")
+	refused("after a vote", "voted for an earlier generation", vault.Number{Roster: 1, Attempt: 3}, one, two)
+	l.wantUnborn("beta", "gamma")
+	r.says(both(has(one, two), r.vote(one.choice())), r.others()...)
+	l.wantOneKey(one, "beta", "gamma")
+	for _, h := range []string{"beta", "gamma"} {
+		l.until("the shares of the other generation are erased on "+h, func() bool {
+			record, _ := l.hosts[h].agent.vault.Load().Record(r.key.id)
+			return len(record.Staged) == 1
+		})
+	}
+	refused("once it is born", "holds a share of this key already", vault.Number{Roster: 1, Attempt: 3}, one)
+}
+
+// Only the first host starts a generation.
+func TestBirthIsStartedByTheFirstHost(t *testing.T) {
+	l := newLab(t)
+	l.start("alpha", "gamma")
+	r := l.betray("beta")
+	if _, err := r.lead(vault.Number{Roster: 1, Attempt: 1}); err == nil || !strings.Contains(err.Error(), `host "alpha" starts`) {
+		t.Error(err)
+	}
+}
+
+// A host that says it has a certificate and never shows it does not keep another
+// from one that has it.
+func TestBirthWithMadeUpCertificate(t *testing.T) {
+	l := newLab(t)
+	l.start("beta", "gamma")
+	r := l.betray("alpha")
+	m, err := r.lead(vault.Number{Roster: 1, Attempt: 1})
+	ok(t, err)
+	r.says(has(m), r.others()...)
+	r.statement("beta")
+	r.statement("gamma")
+	r.says(func(s *peerpb.KeyStatus) { s.Active, s.Certificate = number(m.number), make([]byte, 32) }, "gamma")
+	l.untilSays("gamma", "waiting", "fetching the key's certificate", `"alpha"`)
+	r.hears("gamma asks for the certificate", "gamma", func(f *peerpb.Frame) bool { return f.GetWant() != nil })
+	l.wantUnborn("beta", "gamma")
+	r.says(both(has(m), r.vote(m.choice())), "beta") // who now has all statements
+	l.untilActive("beta")
+	l.wantOneKey(m, "beta", "gamma")
+	r.says(func(s *peerpb.KeyStatus) { s.Active, s.Certificate = number(m.number), make([]byte, 32) }, r.others()...)
+	r.settled("beta")
+	if live := l.key("beta").live("beta"); slices.Contains(live, "alpha") {
+		t.Errorf("live are %q: alpha's certificate is made up", live)
+	}
 }
