@@ -417,8 +417,12 @@ func TestLyingSigners(t *testing.T) {
 	for _, liars := range [][]protocol.HostID{{"h001"}, {"h001", "h003"}, {"h001", "h002", "h003"}} {
 		net := signs(t, group, signers, "h000", []byte("m"))
 		net.tamper = func(m protocol.Message) []protocol.Message {
-			if m.Round == roundSign && slices.Contains(liars, m.From) {
-				m.Body[1+slices.Index(signers, m.From)] ^= 1 // not so that two lies make up for each other
+			if at := slices.Index(liars, m.From); m.Round == roundSign && at >= 0 {
+				z, err := decodeScalar(m.Body)
+				if err != nil {
+					t.Error(err)
+				}
+				m.Body = z.Add(z, identifier(at)).Bytes() // no two lies cancel out
 			}
 			return []protocol.Message{m}
 		}
@@ -483,7 +487,7 @@ func TestLyingCoordinator(t *testing.T) {
 }
 
 // TestNonceServesOnce asks a signer for a second share under the same nonces. As
-// a control, two such shares would give the secret away.
+// a control, three such shares give the secret away.
 func TestNonceServesOnce(t *testing.T) {
 	group := signingGroup(t, 2, 2)
 	signer := signs(t, group, hostNames(2), "h000", []byte("m")).sessions["h001"].(*Sign)
@@ -496,10 +500,11 @@ func TestNonceServesOnce(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return protocol.Message{Session: testSession, From: "h000", To: "h001", Round: roundList, Body: append(bytes.Clone(other.commitment[:]), ready.Send[0].Body...)}
+		return protocol.Message{Session: testSession, From: "h000", To: "h001", Round: roundList, Body: append(other.commitment[:], ready.Send[0].Body...)}
 	}
-	saved := *signer.nonces
-	hiding, binding := ed.NewScalar().Set(saved.hiding), ed.NewScalar().Set(saved.binding)
+	used := signer.nonces
+	kept := *used
+	kept.hiding, kept.binding = ed.NewScalar().Set(used.hiding), ed.NewScalar().Set(used.binding)
 	first := list()
 	if _, err := signer.Step(first); err != nil {
 		t.Fatal(err)
@@ -509,26 +514,31 @@ func TestNonceServesOnce(t *testing.T) {
 			t.Fatal("a second share left the session")
 		}
 	}
-	if saved.hiding.Equal(ed.NewScalar()) != 1 || saved.binding.Equal(ed.NewScalar()) != 1 || signer.nonces != nil {
+	if used.hiding.Equal(ed.NewScalar()) != 1 || used.binding.Equal(ed.NewScalar()) != 1 || signer.nonces != nil {
 		t.Error("the nonces were not wiped")
 	}
-	// control: known nonces, or three shares under them, are the secret
-	at := func(m protocol.Message) (*commitmentList, *ed.Scalar) {
+	// Control: z_k = d + rho_k*e + w_k*x, for three lists, are three equations for d, e and x.
+	var z, rho, w [3]*ed.Scalar
+	for k := range z {
 		s := signs(t, group, hostNames(2), "h000", []byte("m")).sessions["h001"].(*Sign)
-		l, err := s.newList(m.Body, 1)
+		again := kept
+		again.hiding, again.binding = ed.NewScalar().Set(kept.hiding), ed.NewScalar().Set(kept.binding)
+		s.nonces = &again
+		l, err := s.newList(list().Body, 1)
 		if err != nil {
 			t.Fatal(err)
 		}
-		s.nonces = &nonces{hiding: ed.NewScalar().Set(hiding), binding: ed.NewScalar().Set(binding)}
-		z, err := s.share(l, 1)
-		if err != nil {
+		if z[k], err = s.share(l, 1); err != nil {
 			t.Fatal(err)
 		}
-		return l, z
+		rho[k], w[k] = l.factors[1], ed.NewScalar().Multiply(s.lambda(1), l.challenge)
 	}
-	l, z := at(first)
-	x := ed.NewScalar().Subtract(z, ed.NewScalar().MultiplyAdd(binding, l.factors[1], hiding))
-	x.Multiply(x, ed.NewScalar().Invert(ed.NewScalar().Multiply(l.lambdas[1], l.challenge)))
+	minus := func(v [3]*ed.Scalar, k int) *ed.Scalar { return ed.NewScalar().Subtract(v[0], v[k]) }
+	cross := func(v [3]*ed.Scalar) *ed.Scalar {
+		a, b := ed.NewScalar().Multiply(minus(v, 1), minus(rho, 2)), ed.NewScalar().Multiply(minus(v, 2), minus(rho, 1))
+		return a.Subtract(a, b)
+	}
+	x := ed.NewScalar().Multiply(cross(z), ed.NewScalar().Invert(cross(w)))
 	if new(ed.Point).ScalarBaseMult(x).Equal(group["h001"].Group.shares[1]) != 1 {
 		t.Error("the control does not find the secret: the attack is not what it says")
 	}

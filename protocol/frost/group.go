@@ -85,7 +85,7 @@ var (
 // not canonical, the identity and points outside the prime-order group.
 func decodePoint(b []byte) (*ed.Point, error) {
 	p, err := new(ed.Point).SetBytes(b)
-	if err != nil || string(p.Bytes()) != string(b) || p.Equal(ed.NewIdentityPoint()) == 1 {
+	if err != nil || !reduced(b) || p.Equal(ed.NewIdentityPoint()) == 1 {
 		return nil, errPoint
 	}
 	// 8 * (1/8 * P) is P exactly if P has no component of small order.
@@ -94,6 +94,21 @@ func decodePoint(b []byte) (*ed.Point, error) {
 		return nil, errPoint
 	}
 	return p, nil
+}
+
+// reduced tells whether the y coordinate in 32 bytes is below 2^255-19. The only
+// other encodings that are not canonical, those of x = 0 with a sign, are of the
+// identity and of a point of order 2.
+func reduced(b []byte) bool {
+	if b[0] < 0xed || b[31]&0x7f != 0x7f {
+		return true
+	}
+	for _, c := range b[1:31] {
+		if c != 0xff {
+			return true
+		}
+	}
+	return false
 }
 
 func inverseOf8() *ed.Scalar {

@@ -11,7 +11,6 @@ import (
 
 	ed "filippo.io/edwards25519"
 
-	"conseal/internal/secret"
 	"conseal/protocol"
 )
 
@@ -60,16 +59,11 @@ func NewKeygen(cfg KeygenConfig) (*Keygen, error) {
 	if err := protocol.CheckParties(cfg.Self, cfg.Holders); err != nil {
 		return nil, fmt.Errorf("FROST key generation: %w", err)
 	}
+	cfg.Holders = slices.Clone(cfg.Holders)
 	k := &Keygen{cfg: cfg, position: slices.Index(cfg.Holders, cfg.Self), dealt: map[protocol.HostID][]*ed.Point{}}
 	k.mail = mailbox{
-		session: cfg.Session, self: cfg.Self, round: roundDeal, last: roundShare,
-		from: slices.DeleteFunc(slices.Clone(cfg.Holders), func(h protocol.HostID) bool { return h == cfg.Self }),
-		size: func(round uint16) int {
-			if round == roundDeal {
-				return cfg.Quorum*pointSize + proofSize
-			}
-			return 32 // a hash, or a scalar
-		},
+		session: cfg.Session, self: cfg.Self, round: roundDeal, from: others(cfg.Holders, cfg.Self),
+		sizes: []int{roundDeal: cfg.Quorum*pointSize + proofSize, roundEcho: len(k.echo), roundShare: scalarSize},
 	}
 	return k, nil
 }
@@ -109,17 +103,9 @@ func (k *Keygen) Step(m protocol.Message) (protocol.Ready, error) {
 		if !ok {
 			return ready, nil
 		}
-		var send []protocol.Message
-		var err error
-		switch round {
-		case roundDeal:
-			send, err = k.received(bodies)
-		case roundEcho:
-			send, err = k.echoed(bodies)
-		case roundShare:
-			err = k.finish(bodies)
-		}
+		send, err := k.complete(round, bodies)
 		if err != nil {
+			k.Close() // what failed here cannot be taken up again
 			return protocol.Ready{}, err
 		}
 		ready.Send = append(ready.Send, send...)
@@ -128,6 +114,17 @@ func (k *Keygen) Step(m protocol.Message) (protocol.Ready, error) {
 			return ready, nil
 		}
 	}
+}
+
+// complete does what follows a round of which all messages are there.
+func (k *Keygen) complete(round uint16, bodies map[protocol.HostID][]byte) ([]protocol.Message, error) {
+	switch round {
+	case roundDeal:
+		return k.received(bodies)
+	case roundEcho:
+		return k.echoed(bodies)
+	}
+	return nil, k.finish(bodies)
 }
 
 // proofSize is a Schnorr proof: R, mu.
@@ -167,23 +164,32 @@ func (k *Keygen) checkProof(dealer protocol.HostID, constant *ed.Point, proof []
 	return nil
 }
 
+// dealing returns the commitments of a broadcast whose proof is right. The own
+// ones need no check.
+func (k *Keygen) dealing(dealer protocol.HostID, body []byte) ([]*ed.Point, error) {
+	if dealer == k.cfg.Self {
+		return k.own.commitments, nil
+	}
+	size := k.cfg.Quorum * pointSize
+	commitments, err := decodeCommitments(dealer, body[:size], k.cfg.Quorum)
+	if err != nil {
+		return nil, err
+	}
+	return commitments, k.checkProof(dealer, commitments[0], body[size:])
+}
+
 // received checks all dealings and tells what was received.
 func (k *Keygen) received(bodies map[protocol.HostID][]byte) ([]protocol.Message, error) {
 	bodies[k.cfg.Self] = k.round1
 	h := sha256.New()
 	h.Write([]byte("conseal frost keygen broadcasts v1"))
 	h.Write(k.cfg.Session[:])
-	size := k.cfg.Quorum * pointSize
 	for _, dealer := range k.cfg.Holders {
 		body := bodies[dealer]
-		commitments, err := decodeCommitments(dealer, body[:size], k.cfg.Quorum)
-		if err != nil {
+		var err error
+		if k.dealt[dealer], err = k.dealing(dealer, body); err != nil {
 			return nil, err
 		}
-		if err := k.checkProof(dealer, commitments[0], body[size:]); err != nil {
-			return nil, err
-		}
-		k.dealt[dealer] = commitments
 		var length [4]byte
 		binary.BigEndian.PutUint32(length[:], uint32(len(body)))
 		h.Write(length[:])
@@ -208,7 +214,9 @@ func (k *Keygen) echoed(bodies map[protocol.HostID][]byte) ([]protocol.Message, 
 	var out []protocol.Message
 	for _, h := range k.mail.from {
 		share := k.own.share(slices.Index(k.cfg.Holders, h))
-		out = append(out, k.mail.message(h, roundShare, share.Bytes()))
+		body := share.Bytes()
+		out = append(out, k.mail.message(h, roundShare, body))
+		clear(body)
 		wipe(share)
 	}
 	return out, nil
@@ -218,9 +226,13 @@ func (k *Keygen) echoed(bodies map[protocol.HostID][]byte) ([]protocol.Message, 
 func (k *Keygen) finish(bodies map[protocol.HostID][]byte) error {
 	sum := k.own.share(k.position)
 	defer wipe(sum)
+	defer func() {
+		for _, b := range bodies {
+			clear(b)
+		}
+	}()
 	for _, dealer := range k.mail.from {
 		value, err := decodeScalar(bodies[dealer])
-		clear(bodies[dealer])
 		if err != nil {
 			return protocol.Faultf(dealer, "dealt share: %v", err)
 		}
@@ -234,13 +246,11 @@ func (k *Keygen) finish(bodies map[protocol.HostID][]byte) error {
 	if err != nil {
 		return err
 	}
-	share, err := LoadShare(group, k.cfg.Self, sum.Bytes())
-	if err != nil {
-		return err
-	}
-	k.share = share
+	scalar := sum.Bytes()
+	defer clear(scalar)
+	k.share, err = LoadShare(group, k.cfg.Self, scalar)
 	k.own.wipe()
-	return nil
+	return err
 }
 
 // group adds up the commitments.
@@ -270,17 +280,13 @@ func (k *Keygen) Result() (*Share, [32]byte, error) {
 	if k.share == nil {
 		return nil, [32]byte{}, errors.New("the key generation is not done")
 	}
-	s, err := k.share.copy()
-	return s, k.echo, err
-}
-
-func (s *Share) copy() (*Share, error) {
-	c := *s
-	err := s.secret.Use(func(b []byte) error {
-		c.secret = secret.Copy(b)
-		return nil
-	})
-	return &c, err
+	scalar, err := k.share.Secret()
+	if err != nil {
+		return nil, [32]byte{}, err
+	}
+	s := *k.share
+	s.secret = scalar
+	return &s, k.echo, nil
 }
 
 // Close wipes the dealing and the session's copy of the share.
@@ -289,11 +295,7 @@ func (k *Keygen) Close() {
 	if k.own != nil {
 		k.own.wipe()
 	}
-	for _, bodies := range k.mail.got {
-		for _, b := range bodies {
-			clear(b)
-		}
-	}
+	k.mail.wipe()
 	if k.share != nil {
 		k.share.Wipe()
 	}

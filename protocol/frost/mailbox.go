@@ -13,9 +13,8 @@ type mailbox struct {
 	session protocol.SessionID
 	self    protocol.HostID
 	round   uint16            // that is being received
-	last    uint16            // of the protocol, for this host
 	from    []protocol.HostID // senders of each round
-	size    func(round uint16) int
+	sizes   []int             // of the bodies of each round, in bytes; 0 for one that does not come here
 	got     map[uint16]map[protocol.HostID][]byte
 }
 
@@ -30,10 +29,10 @@ func (m *mailbox) put(msg protocol.Message) error {
 		return fmt.Errorf("host %q: not a sender of this session", msg.From)
 	case msg.Round < m.round:
 		return fmt.Errorf("host %q: message of round %d, which is over", msg.From, msg.Round)
-	case msg.Round > m.last || msg.Round > m.round+1:
+	case msg.Round > m.round+1 || int(msg.Round) >= len(m.sizes) || m.sizes[msg.Round] == 0:
 		return protocol.Faultf(msg.From, "message of round %d out of turn", msg.Round)
-	case len(msg.Body) != m.size(msg.Round):
-		return protocol.Faultf(msg.From, "round %d has %d bytes, want %d", msg.Round, len(msg.Body), m.size(msg.Round))
+	case len(msg.Body) != m.sizes[msg.Round]:
+		return protocol.Faultf(msg.From, "round %d has %d bytes, want %d", msg.Round, len(msg.Body), m.sizes[msg.Round])
 	}
 	if m.got == nil {
 		m.got = map[uint16]map[protocol.HostID][]byte{}
@@ -58,6 +57,21 @@ func (m *mailbox) take() (map[protocol.HostID][]byte, bool) {
 	delete(m.got, m.round)
 	m.round++
 	return bodies, true
+}
+
+// others returns hosts without self.
+func others(hosts []protocol.HostID, self protocol.HostID) []protocol.HostID {
+	return slices.DeleteFunc(slices.Clone(hosts), func(h protocol.HostID) bool { return h == self })
+}
+
+// wipe overwrites what was kept.
+func (m *mailbox) wipe() {
+	for _, bodies := range m.got {
+		for _, b := range bodies {
+			clear(b)
+		}
+	}
+	m.got = nil
 }
 
 func (m *mailbox) message(to protocol.HostID, round uint16, body []byte) protocol.Message {

@@ -152,6 +152,9 @@ func (g *Group) consistent() error {
 	return nil
 }
 
+// equal tells whether two groups are the same epoch of the same key.
+func (g *Group) equal(o *Group) bool { return g == o || bytes.Equal(g.Encode(), o.Encode()) }
+
 func (g *Group) position(h protocol.HostID) int { return slices.Index(g.Holders, h) }
 
 // Share is one holder's share of a key. It is safe for concurrent use.

@@ -2,7 +2,6 @@ package frost
 
 import (
 	"crypto/ed25519"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"slices"
@@ -54,24 +53,20 @@ const (
 	roundSign   = 3
 )
 
-// commitmentSize is hiding and binding nonce commitment.
-const commitmentSize = 2 * pointSize
-
 // NewSign makes the session of a signer, of the coordinator, or of both in one.
 func NewSign(cfg SignConfig) (*Sign, error) {
+	cfg.Signers = slices.Clone(cfg.Signers)
 	s := &Sign{cfg: cfg, signs: slices.Contains(cfg.Signers, cfg.Self)}
 	if err := s.check(); err != nil {
 		return nil, fmt.Errorf("FROST signature: %w", err)
 	}
-	s.mail = mailbox{session: cfg.Session, self: cfg.Self, size: func(round uint16) int {
-		return map[uint16]int{roundCommit: commitmentSize, roundList: len(cfg.Signers) * commitmentSize, roundSign: scalarSize}[round]
-	}}
+	s.mail = mailbox{session: cfg.Session, self: cfg.Self}
 	if cfg.Self == cfg.Coordinator {
-		s.mail.round, s.mail.last = roundCommit, roundSign
-		s.mail.from = slices.DeleteFunc(slices.Clone(cfg.Signers), func(h protocol.HostID) bool { return h == cfg.Self })
+		s.mail.round, s.mail.from = roundCommit, others(cfg.Signers, cfg.Self)
+		s.mail.sizes = []int{roundCommit: commitmentSize, roundSign: scalarSize}
 	} else {
-		s.mail.round, s.mail.last = roundList, roundList
-		s.mail.from = []protocol.HostID{cfg.Coordinator}
+		s.mail.round, s.mail.from = roundList, []protocol.HostID{cfg.Coordinator}
+		s.mail.sizes = []int{roundList: len(cfg.Signers) * commitmentSize}
 	}
 	return s, nil
 }
@@ -79,16 +74,19 @@ func NewSign(cfg SignConfig) (*Sign, error) {
 func (s *Sign) check() error {
 	c := &s.cfg
 	switch {
-	case c.Group == nil:
-		return errors.New("no group")
+	case c.Group == nil || c.Group.public == nil:
+		return errors.New("no group of a key generation or of DecodeGroup")
 	case len(c.Message) == 0:
 		return errors.New("an empty message")
 	case len(c.Signers) != c.Group.Quorum:
 		return fmt.Errorf("%d signers for a quorum of %d", len(c.Signers), c.Group.Quorum)
 	case !s.signs && c.Self != c.Coordinator:
 		return fmt.Errorf("host %q is neither signer nor coordinator", c.Self)
-	case s.signs && (c.Share == nil || c.Share.Self != c.Self || c.Share.Group.PublicKey != c.Group.PublicKey):
-		return fmt.Errorf("host %q has no share of this key", c.Self)
+	case s.signs && (c.Share == nil || c.Share.Self != c.Self || !c.Share.Group.equal(c.Group)):
+		return fmt.Errorf("host %q has no share of this key and epoch", c.Self)
+	}
+	if err := protocol.CheckParties(c.Signers[0], c.Signers); err != nil {
+		return err
 	}
 	for _, h := range c.Signers {
 		if c.Group.position(h) < 0 {
@@ -96,7 +94,7 @@ func (s *Sign) check() error {
 		}
 		s.positions = append(s.positions, c.Group.position(h))
 	}
-	return protocol.CheckParties(c.Signers[0], c.Signers)
+	return nil
 }
 
 // Start makes the nonces of a signer.
@@ -105,12 +103,12 @@ func (s *Sign) Start() (protocol.Ready, error) {
 		return protocol.Ready{}, errClosed
 	}
 	s.started = true
-	if !s.signs {
-		return protocol.Ready{}, nil
-	}
-	var err error
-	if s.nonces, err = commit(s.cfg.Share); err != nil {
-		return protocol.Ready{}, err
+	if s.signs {
+		var err error
+		if s.nonces, err = commit(s.cfg.Share); err != nil {
+			s.Close()
+			return protocol.Ready{}, err
+		}
 	}
 	if s.cfg.Self == s.cfg.Coordinator {
 		return protocol.Ready{}, nil
@@ -131,106 +129,77 @@ func (s *Sign) Step(m protocol.Message) (protocol.Ready, error) {
 	if !ok {
 		return protocol.Ready{}, nil
 	}
+	ready, err := s.complete(round, bodies)
+	if err != nil {
+		s.Close() // what failed here cannot be taken up again
+	}
+	return ready, err
+}
+
+// complete does what follows a round of which all messages are there.
+func (s *Sign) complete(round uint16, bodies map[protocol.HostID][]byte) (protocol.Ready, error) {
 	switch round {
 	case roundCommit:
-		return s.distribute(bodies)
+		return s.distribute(bodies), nil
 	case roundList:
 		return s.respond(bodies[s.cfg.Coordinator])
 	}
 	return s.aggregate(bodies)
 }
 
-// nonces are the two nonces of a signer, for one signature.
-type nonces struct {
-	hiding, binding *ed.Scalar
-	commitment      [commitmentSize]byte
-}
-
-// commit is RFC 9591 section 5.1.
-func commit(share *Share) (*nonces, error) {
-	var seed [64]byte
-	rand.Read(seed[:])
-	defer clear(seed[:])
-	return commitWith(share, seed[:32], seed[32:])
-}
-
-// commitWith makes nonces from given randomness: nonce_generate of section 4.1.
-func commitWith(share *Share, hiding, binding []byte) (*nonces, error) {
-	n := &nonces{}
-	err := share.secret.Use(func(x []byte) error {
-		n.hiding, n.binding = h3(hiding, x), h3(binding, x)
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	copy(n.commitment[:pointSize], new(ed.Point).ScalarBaseMult(n.hiding).Bytes())
-	copy(n.commitment[pointSize:], new(ed.Point).ScalarBaseMult(n.binding).Bytes())
-	return n, nil
-}
-
-func (n *nonces) wipe() {
-	if n != nil {
-		wipe(n.hiding, n.binding)
-	}
-}
-
 // commitmentList is what all signers derive from the commitments of all.
 type commitmentList struct {
-	hiding, binding []*ed.Point // of each signer
+	hiding, binding []*ed.Point // D_i, E_i of each signer
 	factors         []*ed.Scalar
-	lambdas         []*ed.Scalar
-	r               *ed.Point
+	r               []byte // the group commitment
 	challenge       *ed.Scalar
 }
 
 // newList decodes the commitments and computes binding factors (section 4.4),
-// group commitment (4.5) and challenge (4.6). own, if any, is the position in the
-// list of a commitment that needs no check.
+// group commitment (4.5) and challenge (4.6). The own commitment, which is at
+// position own of the list, needs no check.
 func (s *Sign) newList(encoded []byte, own int) (*commitmentList, error) {
 	l := &commitmentList{}
 	var hashed []byte // encode_group_commitment_list, section 4.3
-	one := identifier(0)
 	for i, h := range s.cfg.Signers {
-		c := encoded[i*commitmentSize : (i+1)*commitmentSize]
-		decode := decodePoint
+		c := commitment(encoded[i*commitmentSize:])
 		if i == own {
-			decode = func(b []byte) (*ed.Point, error) { return new(ed.Point).SetBytes(b) }
+			l.hiding, l.binding = append(l.hiding, s.nonces.d), append(l.binding, s.nonces.e)
+		} else {
+			d, e, err := c.decode()
+			if err != nil {
+				return nil, s.malformed(h, err)
+			}
+			l.hiding, l.binding = append(l.hiding, d), append(l.binding, e)
 		}
-		d, err := decode(c[:pointSize])
-		if err != nil {
-			return nil, protocol.Faultf(s.blame(h), "hiding commitment of %q: %v", h, err)
-		}
-		e, err := decode(c[pointSize:])
-		if err != nil {
-			return nil, protocol.Faultf(s.blame(h), "binding commitment of %q: %v", h, err)
-		}
-		l.hiding, l.binding = append(l.hiding, d), append(l.binding, e)
-		hashed = append(append(hashed, identifier(s.positions[i]).Bytes()...), c...)
+		hashed = append(append(hashed, identifier(s.positions[i]).Bytes()...), c[:]...)
 	}
 	public := s.cfg.Group.PublicKey[:]
-	prefix := append(append(slices.Clone(public), h4(s.cfg.Message)...), h5(hashed)...)
-	var scalars []*ed.Scalar
-	var points []*ed.Point
-	for i, p := range s.positions {
-		factor := h1(prefix, identifier(p).Bytes())
-		l.factors = append(l.factors, factor)
-		l.lambdas = append(l.lambdas, lagrange(p, s.positions, nil))
-		scalars, points = append(scalars, one, factor), append(points, l.hiding[i], l.binding[i])
+	prefix := slices.Concat(public, h4(s.cfg.Message), h5(hashed))
+	for _, p := range s.positions {
+		l.factors = append(l.factors, h1(prefix, identifier(p).Bytes()))
 	}
-	l.r = new(ed.Point).VarTimeMultiScalarMult(scalars, points)
-	l.challenge = h2(l.r.Bytes(), public, s.cfg.Message)
+	r := new(ed.Point).VarTimeMultiScalarMult(l.factors, l.binding)
+	for _, d := range l.hiding {
+		r.Add(r, d)
+	}
+	l.r = r.Bytes()
+	l.challenge = h2(l.r, public, s.cfg.Message)
 	return l, nil
 }
 
-// blame is who is at fault for a commitment of h: h itself at the coordinator,
-// who has it from h, and the coordinator at a signer.
-func (s *Sign) blame(h protocol.HostID) protocol.HostID {
-	if s.cfg.Self == s.cfg.Coordinator {
-		return h
+// malformed is the error for a commitment of signer h. The coordinator has it from
+// h, and a coordinator that signs answers for its own; else a signer cannot tell
+// who is at fault, as the coordinator sends the list before it checks it.
+func (s *Sign) malformed(h protocol.HostID, err error) error {
+	if c := s.cfg.Coordinator; c == s.cfg.Self || c == h {
+		return protocol.Faultf(h, "commitment: %v", err)
 	}
-	return s.cfg.Coordinator
+	return fmt.Errorf("the commitment of host %q in the list of coordinator %q: %w", h, s.cfg.Coordinator, err)
 }
+
+// lambda weighs the share of the signer at a position of the list (section 4.2).
+func (s *Sign) lambda(at int) *ed.Scalar { return lagrange(s.positions[at], s.positions, nil) }
 
 // share is the signature share of RFC 9591 section 5.2. It uses the nonces up,
 // whatever happens.
@@ -244,15 +213,15 @@ func (s *Sign) share(l *commitmentList, at int) (*ed.Scalar, error) {
 	z := ed.NewScalar()
 	err := s.cfg.Share.use(func(x *ed.Scalar) error {
 		z.MultiplyAdd(n.binding, l.factors[at], n.hiding)
-		weighted := ed.NewScalar().Multiply(l.lambdas[at], l.challenge)
+		weighted := ed.NewScalar().Multiply(s.lambda(at), l.challenge)
 		z.MultiplyAdd(weighted, x, z)
 		return nil
 	})
 	return z, err
 }
 
-// distribute is the coordinator's work after round 1.
-func (s *Sign) distribute(bodies map[protocol.HostID][]byte) (protocol.Ready, error) {
+// distribute sends the list, once the coordinator has all commitments.
+func (s *Sign) distribute(bodies map[protocol.HostID][]byte) protocol.Ready {
 	if s.signs {
 		bodies[s.cfg.Self] = s.nonces.commitment[:]
 	}
@@ -266,7 +235,7 @@ func (s *Sign) distribute(bodies map[protocol.HostID][]byte) (protocol.Ready, er
 	for _, h := range s.mail.from {
 		out = append(out, s.mail.message(h, roundList, encoded))
 	}
-	return protocol.Ready{Send: out}, nil
+	return protocol.Ready{Send: out}
 }
 
 // Work checks and uses the list that the coordinator has sent, while the signers
@@ -280,21 +249,22 @@ func (s *Sign) Work() error {
 	if s.list, err = s.newList(s.encoded, own); err == nil && s.signs {
 		s.own, err = s.share(s.list, own)
 	}
-	s.done = err != nil
+	if err != nil {
+		s.Close()
+	}
 	return err
 }
 
-// respond is a signer's work after round 2.
+// respond is a signer's work after round 2. There is no second list for these
+// nonces, whatever happens.
 func (s *Sign) respond(encoded []byte) (protocol.Ready, error) {
-	s.done = true // whatever happens, there is no second list for these nonces
+	s.done = true
 	at := slices.Index(s.cfg.Signers, s.cfg.Self)
-	if string(encoded[at*commitmentSize:(at+1)*commitmentSize]) != string(s.nonces.commitment[:]) {
-		s.nonces.wipe()
+	if commitment(encoded[at*commitmentSize:]) != s.nonces.commitment {
 		return protocol.Ready{}, protocol.Faultf(s.cfg.Coordinator, "changed this host's commitment")
 	}
 	l, err := s.newList(encoded, at)
 	if err != nil {
-		s.nonces.wipe()
 		return protocol.Ready{}, err
 	}
 	z, err := s.share(l, at)
@@ -323,7 +293,7 @@ func (s *Sign) aggregate(bodies map[protocol.HostID][]byte) (protocol.Ready, err
 		}
 		z.Add(z, shares[i])
 	}
-	signature := append(s.list.r.Bytes(), z.Bytes()...)
+	signature := append(slices.Clone(s.list.r), z.Bytes()...)
 	if !ed25519.Verify(s.cfg.Group.PublicKey[:], s.cfg.Message, signature) {
 		return protocol.Ready{}, s.culprits(shares)
 	}
@@ -336,7 +306,7 @@ func (s *Sign) aggregate(bodies map[protocol.HostID][]byte) (protocol.Ready, err
 func (s *Sign) culprits(shares []*ed.Scalar) error {
 	var faults []error
 	for i, h := range s.cfg.Signers {
-		weighted := ed.NewScalar().Multiply(s.list.lambdas[i], s.list.challenge)
+		weighted := ed.NewScalar().Multiply(s.lambda(i), s.list.challenge)
 		want := new(ed.Point).VarTimeMultiScalarMult(
 			[]*ed.Scalar{identifier(0), s.list.factors[i], weighted},
 			[]*ed.Point{s.list.hiding[i], s.list.binding[i], s.cfg.Group.shares[s.positions[i]]})
