@@ -307,7 +307,9 @@ func (a *Agent) complain(text string, args ...any) {
 	a.log.Warn(text, args...)
 }
 
-// opened joins a session that a peer coordinates, in a goroutine of its own.
+// opened joins a session that a peer coordinates, in a goroutine of its own. The
+// session's inbox is there before the next frame of the peer is read: a peer that
+// leaves at once is heard.
 func (a *Agent) opened(from protocol.HostID, open *peerpb.Open) error {
 	b, err := parseBinding(open.Binding)
 	if err != nil {
@@ -317,9 +319,21 @@ func (a *Agent) opened(from protocol.HostID, open *peerpb.Open) error {
 		_ = a.net.Send(from, endFrame(b.ID(), reasonBusy, "too many sessions under way")) // it may be gone
 		return nil
 	}
+	k := a.keys[b.Key]
+	parties := []protocol.HostID{from}
+	if k != nil && b.Operation == "keygen" {
+		parties = k.holders
+	}
+	box, busy := a.sessions.open(b.ID(), a.self, parties)
 	a.tasks.Go(func() {
 		defer a.sessions.release(from)
-		err := a.join(from, b, open)
+		var err error
+		if busy != nil {
+			err = &partyError{a.self, reasonBusy, busy.Error()}
+		} else {
+			defer a.sessions.close(box)
+			err = a.join(from, k, b, open, box)
+		}
 		if err == nil || a.ctx.Err() != nil {
 			return
 		}
@@ -337,15 +351,14 @@ func (a *Agent) opened(from protocol.HostID, open *peerpb.Open) error {
 	return nil
 }
 
-func (a *Agent) join(from protocol.HostID, b *protocol.Binding, open *peerpb.Open) error {
-	k := a.keys[b.Key]
+func (a *Agent) join(from protocol.HostID, k *key, b *protocol.Binding, open *peerpb.Open, box *inbox) error {
 	switch {
 	case k == nil:
 		return &partyError{a.self, reasonDiffers, fmt.Sprintf("its roster gives it no key %q", b.Key)}
 	case b.Operation == "sign":
-		return a.joinSign(a.ctx, from, k, b, open.Message)
+		return a.joinSign(a.ctx, from, k, b, open.Message, box)
 	case b.Operation == "keygen":
-		return a.joinKeygen(a.ctx, from, k, b, open.Staged)
+		return a.joinKeygen(a.ctx, from, k, b, open.Staged, box)
 	}
 	return &partyError{a.self, reasonDiffers, fmt.Sprintf("it does not know operation %q", b.Operation)}
 }

@@ -39,6 +39,15 @@ const maxJump = 1000
 
 var errSuperseded = errors.New("another attempt took its place")
 
+// callOff ends a key generation that is under way here, if any.
+func (k *key) callOff() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.cancel != nil {
+		k.cancel(errSuperseded)
+	}
+}
+
 // generating tells whether a key generation of k is under way here.
 func (a *Agent) generating(k *key) bool {
 	k.mu.Lock()
@@ -70,14 +79,14 @@ func (a *Agent) generate(ctx context.Context, k *key, n vault.Number) {
 	a.tasks.Go(func() {
 		defer k.birth.Unlock()
 		err := a.lead(ctx, k, n)
-		k.mu.Lock()
-		if err != nil {
+		if err != nil && !errors.Is(err, errSuperseded) {
+			k.mu.Lock()
 			k.retry.fail(err)
 			time.AfterFunc(time.Until(k.retry.after), a.nudge)
-		}
-		k.mu.Unlock()
-		if err != nil && ctx.Err() == nil {
-			a.log.Warn("key generation failed", "key", k.id.Name, "epoch", n.String(), "error", err)
+			k.mu.Unlock()
+			if ctx.Err() == nil {
+				a.log.Warn("key generation failed", "key", k.id.Name, "epoch", n.String(), "error", err)
+			}
 		}
 		a.nudge()
 	})
@@ -198,7 +207,7 @@ func (a *Agent) mayGenerate(ctx context.Context, k *key, n vault.Number) (*vault
 }
 
 // joinKeygen takes part in a key generation that the first holder opened.
-func (a *Agent) joinKeygen(ctx context.Context, from protocol.HostID, k *key, b *protocol.Binding, counted []*peerpb.Staged) error {
+func (a *Agent) joinKeygen(ctx context.Context, from protocol.HostID, k *key, b *protocol.Binding, counted []*peerpb.Staged, box *inbox) error {
 	if from != k.holders[0] {
 		return &partyError{a.self, reasonRefused, fmt.Sprintf("host %q starts this key's generation", k.holders[0])}
 	}
@@ -207,11 +216,7 @@ func (a *Agent) joinKeygen(ctx context.Context, from protocol.HostID, k *key, b 
 	if text := mine.Differs(b); text != "" {
 		return &partyError{a.self, reasonDiffers, "we differ on " + text}
 	}
-	k.mu.Lock()
-	if k.cancel != nil {
-		k.cancel(errSuperseded)
-	}
-	k.mu.Unlock()
+	k.callOff()
 	k.birth.Lock()
 	defer k.birth.Unlock()
 	v, record, err := a.mayGenerate(ctx, k, n)
@@ -223,11 +228,6 @@ func (a *Agent) joinKeygen(ctx context.Context, from protocol.HostID, k *key, b 
 	}
 	ctx, end := a.startGeneration(ctx, k)
 	defer end()
-	box, err := a.sessions.open(b.ID(), a.self, k.holders)
-	if err != nil {
-		return &partyError{a.self, reasonBusy, err.Error()}
-	}
-	defer a.sessions.close(box)
 	if err := a.net.Send(from, readyFrame(box.id)); err != nil {
 		return err
 	}
@@ -263,14 +263,14 @@ func readyFrame(id protocol.SessionID) *peerpb.Frame {
 // gather waits for a step of round 0 from each of hosts and returns what else
 // came meanwhile.
 func gather(ctx context.Context, box *inbox, hosts []protocol.HostID) (early []event, err error) {
-	missing := slices.Clone(hosts)
+	missing := map[protocol.HostID]bool{}
+	for _, h := range hosts {
+		missing[h] = true
+	}
 	for len(missing) > 0 {
 		select {
 		case <-ctx.Done():
-			if cause := context.Cause(ctx); errors.Is(cause, errSuperseded) {
-				return nil, cause
-			}
-			return nil, &partyError{host: missing[0], text: "no answer in time"}
+			return nil, silent(ctx, box, missing)
 		case ev := <-box.events:
 			switch {
 			case ev.err != nil:
@@ -278,7 +278,7 @@ func gather(ctx context.Context, box *inbox, hosts []protocol.HostID) (early []e
 			case ev.step.Round != 0:
 				early = append(early, ev)
 			default:
-				missing = slices.DeleteFunc(missing, func(h protocol.HostID) bool { return h == ev.from })
+				delete(missing, ev.from)
 			}
 		}
 	}

@@ -261,6 +261,7 @@ func (a *Agent) vote(ctx context.Context, k *key, v *vault.Vault, choice epoch.S
 		return fmt.Errorf("voting for epoch %s of key %q: %w", choice.Number, k.id.Name, err)
 	}
 	a.log.Info("voted", "key", k.id.Name, "epoch", choice.Number.String())
+	k.callOff() // who voted joins no other generation
 	record, _ := v.Record(k.id)
 	a.see(k, a.ownView(k, record))
 	a.announce(k)

@@ -180,6 +180,10 @@ func drive(ctx context.Context, self protocol.HostID, s protocol.Session, box *i
 		}
 		delete(owing, ev.from)
 		ready, err = s.Step(protocol.Message{Session: box.id, From: ev.from, To: self, Round: uint16(ev.step.Round), Body: ev.step.Body})
+		if err != nil && culprits(err) == nil {
+			// Nothing is proven, but another attempt may do without who sent this.
+			err = &partyError{host: ev.from, text: strings.TrimPrefix(err.Error(), fmt.Sprintf("host %q: ", ev.from))}
+		}
 	}
 }
 
@@ -212,14 +216,17 @@ func sendAll(messages []protocol.Message, send sender, owing map[protocol.HostID
 	return nil
 }
 
-// silent names a party that owes an answer when time runs out.
+// silent names a party that owes an answer when time runs out. Nobody is at fault
+// for what was called off here.
 func silent(ctx context.Context, box *inbox, owing map[protocol.HostID]bool) error {
+	cause := context.Cause(ctx)
+	calledOff := errors.Is(cause, context.Canceled) || errors.Is(cause, errSuperseded)
 	for _, h := range box.parties {
-		if owing[h] {
+		if owing[h] && !calledOff {
 			return &partyError{host: h, text: "no answer in time"}
 		}
 	}
-	return fmt.Errorf("session %s: %w", box.id, context.Cause(ctx))
+	return fmt.Errorf("session %s: %w", box.id, cause)
 }
 
 // hangUp tells the other parties that this host will not go on.

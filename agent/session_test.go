@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -157,6 +158,35 @@ func TestDriveTellsTheOthersWhatItFailsOf(t *testing.T) {
 		}
 		if to, last := out.ends(); len(to) != 2 || last.Reason != reasonAborted || !strings.Contains(last.Text, "wrong signature share") {
 			t.Errorf("%s: %q were told %v", name, to, last)
+		}
+	}
+}
+
+// A step that is refused without a proven fault still names who sent it: else one
+// host could stop every signature by a message out of turn.
+func TestDriveNamesWhoseStepIsRefused(t *testing.T) {
+	s, out := newSessions(1), &sent{}
+	box := openBox(t, s, 1, "a", "b", "c")
+	session := &scripted{step: func(m protocol.Message) (protocol.Ready, error) {
+		return protocol.Ready{}, fmt.Errorf("host %q: message of round 0, which is over", m.From)
+	}}
+	s.deliver(box.id[:], step("c", 0))
+	err := drive(t.Context(), "a", session, box, out.send, nil)
+	if !slices.Equal(culprits(err), []protocol.HostID{"c"}) || err.Error() != `host "c": message of round 0, which is over` {
+		t.Errorf("error %q blames %q", err, culprits(err))
+	}
+}
+
+// Whoever calls a session off here is not waiting for anybody.
+func TestDriveCalledOffBlamesNobody(t *testing.T) {
+	for _, cause := range []error{nil, errSuperseded} {
+		s, out := newSessions(1), &sent{}
+		box := openBox(t, s, 1, "a", "b", "c")
+		ctx, cancel := context.WithCancelCause(t.Context())
+		cancel(cause)
+		err := drive(ctx, "a", &scripted{}, box, out.send, nil)
+		if want := context.Cause(ctx); !errors.Is(err, want) || culprits(err) != nil {
+			t.Errorf("error %v blames %q, want %v", err, culprits(err), want)
 		}
 	}
 }

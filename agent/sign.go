@@ -184,18 +184,13 @@ func (a *Agent) signBinding(k *key, act *active, signers []protocol.HostID, requ
 
 // joinSign lends this host's share to a signature that another host asks for, if
 // this host's own roster and limits allow it.
-func (a *Agent) joinSign(ctx context.Context, from protocol.HostID, k *key, b *protocol.Binding, message []byte) error {
+func (a *Agent) joinSign(ctx context.Context, from protocol.HostID, k *key, b *protocol.Binding, message []byte, box *inbox) error {
 	act := k.active.Load()
 	if err := a.maySign(from, k, act, b, message); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, a.config.Limits.SignDeadline/attemptShare, errors.New("the asking host took too long"))
 	defer cancel()
-	box, err := a.sessions.open(b.ID(), a.self, []protocol.HostID{from})
-	if err != nil {
-		return &partyError{a.self, reasonBusy, err.Error()}
-	}
-	defer a.sessions.close(box)
 	logged := a.ledger.Append(entry{
 		Event: "sign", Key: k.id.Name, Epoch: act.certificate.Subject.Number.String(), Session: box.id.String(),
 		Asker: string(from), Signers: names(b.Parties), SHA256: hex.EncodeToString(b.Request[:]), Size: len(message),
