@@ -514,6 +514,13 @@ func TestHostsThatAreAway(t *testing.T) {
 	_, err := alpha.Sign(ctx, "first", []byte("m"))
 	must(t, err)
 	f.Host("gamma").Kill()
+	for { // until alpha has seen it: asked before, it says what the attempt failed of
+		k, err := alpha.GetKey(ctx, "first")
+		must(t, err)
+		if len(k.Live) == 1 {
+			break
+		}
+	}
 	_, err = alpha.Sign(ctx, "first", []byte("m"))
 	if reason(err) != "NO_QUORUM" || !strings.Contains(err.Error(), "1 of 2 hosts") || !strings.Contains(err.Error(), "beta") || !strings.Contains(err.Error(), "gamma") {
 		t.Errorf("with two hosts gone: %v", err)

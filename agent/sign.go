@@ -255,7 +255,7 @@ func (a *Agent) noQuorum(k *key, failures []error) error {
 	live := k.live(a.self)
 	text := fmt.Sprintf("key %q: %d of %d hosts are there: %s", k.id.Name, len(live), k.entry.Quorum, a.missing(k, live))
 	if len(failures) > 0 {
-		text = fmt.Sprintf("key %q: no quorum of %d gave a signature: %s", k.id.Name, k.entry.Quorum, joinErrors(failures))
+		text += "; attempts failed: " + joinErrors(failures)
 	}
 	return &apiError{connect.CodeUnavailable, "NO_QUORUM", text,
 		"start the agents that are missing or mend the network between them, and ask again; `conseal status` shows who is connected"}
