@@ -98,6 +98,14 @@ func keygens(t testing.TB, quorum, n int) *network {
 	return net
 }
 
+// close wipes what the sessions hold: each locked secret is a mapping, of which a
+// process has 65,530 at most.
+func (n *network) close() {
+	for _, s := range n.sessions {
+		s.Close()
+	}
+}
+
 func shares(t testing.TB, net *network) map[protocol.HostID]*Share {
 	t.Helper()
 	out := map[protocol.HostID]*Share{}
@@ -637,6 +645,7 @@ func FuzzKeygenStep(f *testing.F) {
 	f.Add(uint16(2), make([]byte, 32))
 	f.Fuzz(func(t *testing.T, round uint16, body []byte) {
 		net := keygens(t, 2, 2)
+		defer net.close()
 		net.tamper = func(m protocol.Message) []protocol.Message {
 			if m.From == "h001" && m.Round == round {
 				m.Body = body
@@ -657,6 +666,7 @@ func FuzzSignStep(f *testing.F) {
 	f.Add(uint16(3), make([]byte, 32))
 	f.Fuzz(func(t *testing.T, round uint16, body []byte) {
 		net := signs(t, group, hostNames(2), "h000", []byte("m"))
+		defer net.close()
 		changed := false
 		net.tamper = func(m protocol.Message) []protocol.Message {
 			if m.Round == round && !bytes.Equal(m.Body, body) {
