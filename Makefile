@@ -28,6 +28,7 @@ story: deps ## run one story and print each step as it happens: make story NAME=
 
 test: deps check ## all tests
 	$(GO) test -race -count=1 -timeout 20m ./... # -count=1: results of tests that build and run the binaries must not be kept
+	$(GO) test -count=1 ./protocol/cmp # whose key generation is too slow for -race
 	CGO_ENABLED=0 $(GO) build -o /dev/null ./cmd/conseald
 	CGO_ENABLED=0 $(GO) build -o /dev/null ./cmd/conseal
 
