@@ -1,7 +1,7 @@
 //go:build !race
 
 // Without the race detector, under which the one goroutine here takes three minutes
-// and not twenty seconds; `make test` runs this package both ways.
+// and not ten seconds; `make test` runs this package both ways.
 
 package cmp
 
