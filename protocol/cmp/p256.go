@@ -1,7 +1,3 @@
-// Package cmp brings ECDSA of CGGMP to sessions of conseal/protocol, through
-// github.com/luxfi/threshold.
-//
-// So far it holds the curve P-256, which that module does not have.
 package cmp
 
 import (
