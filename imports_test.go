@@ -24,6 +24,7 @@ var allowed = map[string][]string{
 	"hsm":                          {"internal/secret"},
 	"protocol":                     {"internal/secret"},
 	"protocol/frost":               {"internal/secret", "protocol"},
+	"protocol/protocoltest":        {"protocol"},
 	"protocol/guard":               {"protocol"},
 	"protocol/cmp":                 {"internal/secret", "protocol", "protocol/guard"},
 	"protocol/taproot":             {"internal/secret", "protocol", "protocol/guard"},

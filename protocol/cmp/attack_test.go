@@ -16,6 +16,7 @@ import (
 
 	"conseal/protocol"
 	"conseal/protocol/cmp"
+	"conseal/protocol/protocoltest"
 )
 
 // blamed tells whether an error names a host.
@@ -156,14 +157,14 @@ func screen[S protocol.Session](t *testing.T, sessions map[protocol.HostID]S, at
 func cheat[S protocol.Session](t *testing.T, sessions map[protocol.HostID]S, x attack, name bool) {
 	t.Helper()
 	done := false
-	net := network[S]{sessions: sessions, alter: func(m protocol.Message) []protocol.Message {
+	net := protocoltest.Network[S]{Sessions: sessions, Alter: func(m protocol.Message) []protocol.Message {
 		if m.From == "b" && m.To == "a" && (kind{m.Round, m.Body[0]}) == x.at {
 			done = true
 			m.Body = x.change(m.Body)
 		}
 		return []protocol.Message{m}
 	}}
-	failed, _ := net.run(t)
+	failed, _ := net.Run(t)
 	if !done || failed["a"] == nil || name && !blamed(failed["a"], "b") || strings.Contains(failed["a"].Error(), "panicked") {
 		t.Errorf("round %d%c: %s (sent: %v): %v", x.at.round, x.at.what, x.name, done, failed["a"])
 	}
@@ -177,7 +178,7 @@ func bit(at int) func([]byte) []byte {
 }
 
 func TestSignScreens(t *testing.T) {
-	screen(t, p256Keys().sign(t, hosts(2), [32]byte{1}).sessions, []attack{
+	screen(t, p256Keys().sign(t, protocoltest.Hosts(2), [32]byte{1}).Sessions, []attack{
 		{"a null integer", kind{2, 'd'}, field("Z3", null)},
 		{"a sign that is none", kind{2, 'd'}, field("Z1", inBytes(func(b []byte) []byte { b[0] = 7; return b }))},
 		{"a null point", kind{3, 'b'}, field("BigGammaShare", null)},
@@ -189,8 +190,8 @@ func TestSignScreens(t *testing.T) {
 }
 
 func TestPresignScreens(t *testing.T) {
-	presigning := secp256k1Keys().presign(t, hosts(3))
-	screen(t, presigning.sessions, []attack{
+	presigning := secp256k1Keys().presign(t, protocoltest.Hosts(3))
+	screen(t, presigning.Sessions, []attack{
 		{"a null map", kind{3, 'b'}, field("DeltaCiphertext", func(b []byte) []byte { return append([]byte{0xf6}, b[1:]...) })},
 		{"a party that is none", kind{3, 'b'}, field("ChiCiphertext", func(b []byte) []byte { b[2] ^= 0x40; return b })},
 		{"a party twice", kind{3, 'b'}, field("ChiCiphertext", func(b []byte) []byte {
@@ -200,8 +201,8 @@ func TestPresignScreens(t *testing.T) {
 		{"a null scalar", kind{7, 'b'}, field("Z", null)},
 	})
 	online := map[protocol.HostID]*cmp.Sign{}
-	id := sessionID()
-	for h, p := range presigning.sessions {
+	id := protocoltest.SessionID()
+	for h, p := range presigning.Sessions {
 		pre, err := p.Result()
 		if err != nil {
 			t.Fatal(err)
@@ -240,7 +241,7 @@ func TestKeygenScreens(t *testing.T) {
 func refreshing(t testing.TB, key shares) map[protocol.HostID]*cmp.Keygen {
 	t.Helper()
 	sessions := map[protocol.HostID]*cmp.Keygen{}
-	id := sessionID()
+	id := protocoltest.SessionID()
 	for h, share := range key {
 		k, err := cmp.NewRefresh(id, share)
 		if err != nil {
@@ -265,11 +266,11 @@ func TestCheatsAreSeen(t *testing.T) {
 		{attack{"another share of delta", kind{4, 'b'}, field("DeltaShare", inBytes(bit(20)))}, false},
 		{attack{"another share of the signature", kind{5, 'b'}, field("SigmaShare", inBytes(bit(20)))}, false},
 	} {
-		cheat(t, p256.sign(t, hosts(2), digest).sessions, x.attack, x.named)
+		cheat(t, p256.sign(t, protocoltest.Hosts(2), digest).Sessions, x.attack, x.named)
 	}
 	// In presigning, the module would go on to tell secrets to find a culprit.
-	cheat(t, p256.presign(t, hosts(2)).sessions, attack{"another share of delta", kind{4, 'b'}, field("DeltaShare", inBytes(bit(20)))}, false)
-	cheat(t, p256.presign(t, hosts(2)).sessions, attack{"another ciphertext", kind{3, 'b'}, field("DeltaCiphertext", bit(50))}, true)
+	cheat(t, p256.presign(t, protocoltest.Hosts(2)).Sessions, attack{"another share of delta", kind{4, 'b'}, field("DeltaShare", inBytes(bit(20)))}, false)
+	cheat(t, p256.presign(t, protocoltest.Hosts(2)).Sessions, attack{"another ciphertext", kind{3, 'b'}, field("DeltaCiphertext", bit(50))}, true)
 	two := twoKeys()
 	cheat(t, refreshing(t, two), attack{"another commitment", kind{2, 'b'}, field("Commitment", bit(9))}, true)
 	cheat(t, refreshing(t, two), attack{"another share", kind{4, 'd'}, field("Share", bit(99))}, true)
@@ -282,16 +283,16 @@ func TestCheatsAreSeen(t *testing.T) {
 func TestMessagesOutOfPlace(t *testing.T) {
 	key := p256Keys()
 	first := func() (*cmp.Sign, []protocol.Message, []protocol.Message) {
-		net := key.sign(t, hosts(2), [32]byte{1})
-		mine, err := net.sessions["a"].Start()
+		net := key.sign(t, protocoltest.Hosts(2), [32]byte{1})
+		mine, err := net.Sessions["a"].Start()
 		if err != nil {
 			t.Fatal(err)
 		}
-		theirs, err := net.sessions["b"].Start()
+		theirs, err := net.Sessions["b"].Start()
 		if err != nil {
 			t.Fatal(err)
 		}
-		return net.sessions["a"], mine.Send, theirs.Send
+		return net.Sessions["a"], mine.Send, theirs.Send
 	}
 	a, mine, theirs := first()
 	defer a.Close()
@@ -348,7 +349,7 @@ func TestForgedLengthTakesNoMemory(t *testing.T) {
 	sessions := refreshing(t, p256Keys())
 	var before, after runtime.MemStats
 	forged := false
-	net := network[*cmp.Keygen]{sessions: sessions, alter: func(m protocol.Message) []protocol.Message {
+	net := protocoltest.Network[*cmp.Keygen]{Sessions: sessions, Alter: func(m protocol.Message) []protocol.Message {
 		if m.From == "b" && m.Round == 3 {
 			m.Body = field("VSSPolynomial", inBytes(func(b []byte) []byte { copy(b, "\xff\xff\xff\xff"); return b }))(m.Body)
 			if !forged {
@@ -358,7 +359,7 @@ func TestForgedLengthTakesNoMemory(t *testing.T) {
 		}
 		return []protocol.Message{m}
 	}}
-	failed, _ := net.run(t)
+	failed, _ := net.Run(t)
 	runtime.ReadMemStats(&after)
 	if !blamed(failed["a"], "b") || !blamed(failed["c"], "b") {
 		t.Errorf("not refused: %v", failed)
@@ -377,8 +378,8 @@ func TestRandomChanges(t *testing.T) {
 		target := mathrand.IntN(7)
 		sent := 0
 		var mu sync.Mutex
-		net := key.sign(t, hosts(2), [32]byte{1})
-		net.alter = func(m protocol.Message) []protocol.Message {
+		net := key.sign(t, protocoltest.Hosts(2), [32]byte{1})
+		net.Alter = func(m protocol.Message) []protocol.Message {
 			mu.Lock()
 			defer mu.Unlock()
 			if m.From == "b" {
@@ -389,7 +390,7 @@ func TestRandomChanges(t *testing.T) {
 			}
 			return []protocol.Message{m}
 		}
-		failed, _ := net.run(t)
+		failed, _ := net.Run(t)
 		if failed["a"] == nil {
 			t.Errorf("a change of a message of round %v: no error", seen)
 		}

@@ -2,7 +2,6 @@ package cmp_test
 
 import (
 	stdecdsa "crypto/ecdsa"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/pem"
@@ -24,131 +23,31 @@ import (
 
 	"conseal/protocol"
 	"conseal/protocol/cmp"
+	"conseal/protocol/protocoltest"
 )
-
-// network carries messages between sessions of one run, each session in a goroutine.
-type network[S protocol.Session] struct {
-	sessions map[protocol.HostID]S
-	// alter may change a message, or drop it by returning nothing.
-	alter func(protocol.Message) []protocol.Message
-}
-
-// run returns the error of each host that failed. Hosts that wait for a message when
-// nothing is under way any more are in waiting.
-func (n *network[S]) run(t testing.TB) (failed map[protocol.HostID]error, waiting []protocol.HostID) {
-	t.Helper()
-	type inbox struct {
-		queue []protocol.Message
-		done  bool
-	}
-	var mu sync.Mutex
-	cond := sync.NewCond(&mu)
-	busy := len(n.sessions)
-	boxes := map[protocol.HostID]*inbox{}
-	for h := range n.sessions {
-		boxes[h] = &inbox{}
-	}
-	failed = map[protocol.HostID]error{}
-	post := func(messages []protocol.Message) {
-		for _, m := range messages {
-			out := []protocol.Message{m}
-			if n.alter != nil {
-				out = n.alter(m)
-			}
-			for _, m := range out {
-				if box := boxes[m.To]; box != nil {
-					box.queue = slices.Insert(box.queue, mathrand.IntN(len(box.queue)+1), m)
-				}
-			}
-		}
-	}
-	over := func() bool { // nobody has anything to do
-		for _, box := range boxes {
-			if !box.done && len(box.queue) > 0 {
-				return false
-			}
-		}
-		return busy == 0
-	}
-	var wg sync.WaitGroup
-	for h, s := range n.sessions {
-		wg.Go(func() {
-			ready, err := s.Start()
-			for {
-				mu.Lock()
-				if err == nil {
-					post(ready.Send)
-				} else {
-					failed[h] = err
-				}
-				box := boxes[h]
-				box.done = err != nil || ready.Done
-				busy--
-				cond.Broadcast()
-				for !box.done && len(box.queue) == 0 && !over() {
-					cond.Wait()
-				}
-				if box.done || len(box.queue) == 0 {
-					if !box.done {
-						waiting = append(waiting, h)
-					}
-					cond.Broadcast()
-					mu.Unlock()
-					return
-				}
-				m := box.queue[0]
-				box.queue = box.queue[1:]
-				busy++
-				mu.Unlock()
-				ready, err = s.Step(m)
-			}
-		})
-	}
-	wg.Wait()
-	return failed, waiting
-}
-
-func (n *network[S]) mustRun(t testing.TB) {
-	t.Helper()
-	if failed, waiting := n.run(t); len(failed)+len(waiting) > 0 {
-		t.Fatalf("failed %v, waiting %v", failed, waiting)
-	}
-}
-
-func hosts(n int) (out []protocol.HostID) {
-	for i := range n {
-		out = append(out, protocol.HostID(rune('a'+i)))
-	}
-	return out
-}
-
-func sessionID() (id protocol.SessionID) {
-	rand.Read(id[:])
-	return id
-}
 
 type shares map[protocol.HostID]*cmp.Share
 
 func keygen(t testing.TB, c *cmp.Curve, n, quorum int) shares {
 	t.Helper()
-	net := network[*cmp.Keygen]{sessions: map[protocol.HostID]*cmp.Keygen{}}
-	id := sessionID()
-	for _, h := range hosts(n) {
-		k, err := cmp.NewKeygen(cmp.KeygenConfig{Session: id, Self: h, Holders: hosts(n), Quorum: quorum, Curve: c})
+	net := protocoltest.Network[*cmp.Keygen]{Sessions: map[protocol.HostID]*cmp.Keygen{}}
+	id := protocoltest.SessionID()
+	for _, h := range protocoltest.Hosts(n) {
+		k, err := cmp.NewKeygen(cmp.KeygenConfig{Session: id, Self: h, Holders: protocoltest.Hosts(n), Quorum: quorum, Curve: c})
 		if err != nil {
 			t.Fatal(err)
 		}
-		net.sessions[h] = k
+		net.Sessions[h] = k
 	}
-	net.mustRun(t)
+	net.MustRun(t)
 	return results(t, net)
 }
 
-func results(t testing.TB, net network[*cmp.Keygen]) shares {
+func results(t testing.TB, net protocoltest.Network[*cmp.Keygen]) shares {
 	t.Helper()
 	out := shares{}
 	var group []byte
-	for h, k := range net.sessions {
+	for h, k := range net.Sessions {
 		share, err := k.Result()
 		if err != nil {
 			t.Fatal(err)
@@ -192,30 +91,30 @@ func (s shares) quorum() []protocol.HostID {
 
 func (s shares) group() *cmp.Group { return s["a"].Group }
 
-func (s shares) sign(t testing.TB, signers []protocol.HostID, digest [32]byte) network[*cmp.Sign] {
+func (s shares) sign(t testing.TB, signers []protocol.HostID, digest [32]byte) protocoltest.Network[*cmp.Sign] {
 	t.Helper()
-	net := network[*cmp.Sign]{sessions: map[protocol.HostID]*cmp.Sign{}}
-	id := sessionID()
+	net := protocoltest.Network[*cmp.Sign]{Sessions: map[protocol.HostID]*cmp.Sign{}}
+	id := protocoltest.SessionID()
 	for _, h := range signers {
 		session, err := cmp.NewSign(cmp.SignConfig{Session: id, Share: s[h], Signers: signers, Digest: digest})
 		if err != nil {
 			t.Fatal(err)
 		}
-		net.sessions[h] = session
+		net.Sessions[h] = session
 	}
 	return net
 }
 
-func (s shares) presign(t testing.TB, signers []protocol.HostID) network[*cmp.Presign] {
+func (s shares) presign(t testing.TB, signers []protocol.HostID) protocoltest.Network[*cmp.Presign] {
 	t.Helper()
-	net := network[*cmp.Presign]{sessions: map[protocol.HostID]*cmp.Presign{}}
-	id := sessionID()
+	net := protocoltest.Network[*cmp.Presign]{Sessions: map[protocol.HostID]*cmp.Presign{}}
+	id := protocoltest.SessionID()
 	for _, h := range signers {
 		session, err := cmp.NewPresign(cmp.SignConfig{Session: id, Share: s[h], Signers: signers})
 		if err != nil {
 			t.Fatal(err)
 		}
-		net.sessions[h] = session
+		net.Sessions[h] = session
 	}
 	return net
 }
@@ -281,9 +180,9 @@ func TestQuorumsSign(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			message := []byte("a message of " + name)
 			net := key.sign(t, key.quorum(), sha256.Sum256(message))
-			net.mustRun(t)
+			net.MustRun(t)
 			var first *cmp.Signature
-			for h, s := range net.sessions {
+			for h, s := range net.Sessions {
 				sig, err := s.Signature()
 				if err != nil {
 					t.Fatalf("%s: %v", h, err)
@@ -305,12 +204,12 @@ func TestPresignatureSignsOnce(t *testing.T) {
 	for name, key := range keys() {
 		t.Run(name, func(t *testing.T) {
 			net := key.presign(t, key.quorum())
-			net.mustRun(t)
+			net.MustRun(t)
 			message := []byte("signed at once")
 			digest := sha256.Sum256(message)
-			online := network[*cmp.Sign]{sessions: map[protocol.HostID]*cmp.Sign{}}
-			id := sessionID()
-			for h, p := range net.sessions {
+			online := protocoltest.Network[*cmp.Sign]{Sessions: map[protocol.HostID]*cmp.Sign{}}
+			id := protocoltest.SessionID()
+			for h, p := range net.Sessions {
 				pre, err := p.Result()
 				if err != nil {
 					t.Fatal(err)
@@ -325,8 +224,8 @@ func TestPresignatureSignsOnce(t *testing.T) {
 						mu.Lock()
 						defer mu.Unlock()
 						switch {
-						case err == nil && online.sessions[h] == nil:
-							online.sessions[h] = s
+						case err == nil && online.Sessions[h] == nil:
+							online.Sessions[h] = s
 						case !errors.Is(err, cmp.ErrUsed):
 							t.Errorf("%s: a second use: %v", h, err)
 						}
@@ -335,8 +234,8 @@ func TestPresignatureSignsOnce(t *testing.T) {
 				wg.Wait()
 				pre.Discard()
 			}
-			online.mustRun(t)
-			for h, s := range online.sessions {
+			online.MustRun(t)
+			for h, s := range online.Sessions {
 				sig, err := s.Signature()
 				if err != nil {
 					t.Fatalf("%s: %v", h, err)
@@ -350,14 +249,14 @@ func TestPresignatureSignsOnce(t *testing.T) {
 func TestDiscardedPresignatureSignsNothing(t *testing.T) {
 	key := p256Keys()
 	net := key.presign(t, key.quorum())
-	net.mustRun(t)
-	for _, p := range net.sessions {
+	net.MustRun(t)
+	for _, p := range net.Sessions {
 		pre, err := p.Result()
 		if err != nil {
 			t.Fatal(err)
 		}
 		pre.Discard()
-		if _, err := cmp.NewOnline(sessionID(), pre, [32]byte{1}); !errors.Is(err, cmp.ErrUsed) {
+		if _, err := cmp.NewOnline(protocoltest.SessionID(), pre, [32]byte{1}); !errors.Is(err, cmp.ErrUsed) {
 			t.Errorf("after discarding: %v", err)
 		}
 	}
@@ -366,8 +265,8 @@ func TestDiscardedPresignatureSignsNothing(t *testing.T) {
 // TestRefresh gives new shares of the same key; an old one does not go with new ones.
 func TestRefresh(t *testing.T) {
 	key := p256Keys()
-	net := network[*cmp.Keygen]{sessions: refreshing(t, key)}
-	net.mustRun(t)
+	net := protocoltest.Network[*cmp.Keygen]{Sessions: refreshing(t, key)}
+	net.MustRun(t)
 	fresh := results(t, net)
 	if fresh.group().PublicKey != key.group().PublicKey {
 		t.Fatal("the public key changed")
@@ -379,8 +278,8 @@ func TestRefresh(t *testing.T) {
 	}
 	message := []byte("after the refresh")
 	signing := fresh.sign(t, fresh.quorum(), sha256.Sum256(message))
-	signing.mustRun(t)
-	for _, s := range signing.sessions {
+	signing.MustRun(t)
+	for _, s := range signing.Sessions {
 		sig, err := s.Signature()
 		if err != nil {
 			t.Fatal(err)
@@ -388,8 +287,8 @@ func TestRefresh(t *testing.T) {
 		verify(t, key.group(), message, sig)
 	}
 	mixed := shares{"a": key["a"], "b": fresh["b"]}
-	old := mixed.sign(t, hosts(2), [32]byte{1})
-	failed, waiting := old.run(t)
+	old := mixed.sign(t, protocoltest.Hosts(2), [32]byte{1})
+	failed, waiting := old.Run(t)
 	if len(failed) == 0 || len(failed)+len(waiting) != 2 {
 		t.Errorf("shares of two epochs: failed %v, waiting %v", failed, waiting)
 	}

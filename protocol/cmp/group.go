@@ -21,8 +21,6 @@ import (
 	"filippo.io/nistec"
 	"github.com/decred/dcrd/dcrec/secp256k1/v4"
 	"github.com/luxfi/threshold/pkg/math/curve"
-	"github.com/luxfi/threshold/pkg/math/polynomial"
-	"github.com/luxfi/threshold/pkg/party"
 	module "github.com/luxfi/threshold/protocols/cmp"
 
 	"conseal/internal/secret"
@@ -57,22 +55,10 @@ var (
 	}}
 )
 
-const pointSize = 33 // of a compressed point, in bytes
-
-// point decodes a compressed point that is not the identity.
-func (c *Curve) point(b []byte) (curve.Point, error) {
-	p := c.group.NewPoint()
-	if err := p.UnmarshalBinary(b); err != nil || p.IsIdentity() {
-		return nil, errors.New("not a point of the curve")
-	}
-	if again, err := p.MarshalBinary(); err != nil || !bytes.Equal(again, b) {
-		return nil, errors.New("not a point in canonical form")
-	}
-	return p, nil
-}
+var curves = []*Curve{P256, Secp256k1}
 
 // SPKI is a compressed public key as a SubjectPublicKeyInfo (RFC 5480), DER.
-func (c *Curve) SPKI(public [pointSize]byte) ([]byte, error) {
+func (c *Curve) SPKI(public [guard.PointSize]byte) ([]byte, error) {
 	full, err := c.uncompressed(public[:])
 	if err != nil {
 		return nil, err
@@ -92,11 +78,8 @@ func (c *Curve) SPKI(public [pointSize]byte) ([]byte, error) {
 
 // Group is the public output of a key generation or refresh.
 type Group struct {
-	Curve              *Curve
-	Quorum             int               // how many holders sign
-	Holders            []protocol.HostID // sorted
-	PublicKey          [pointSize]byte   // SEC 1, compressed
-	VerificationShares [][pointSize]byte // X_i of Holders[i]
+	guard.Group
+	Curve *Curve
 	// Auxiliary is SHA-256 of what else is public: each holder's Paillier and
 	// Pedersen parameters and ElGamal key, and the random values agreed on.
 	Auxiliary [32]byte
@@ -104,24 +87,14 @@ type Group struct {
 
 const groupVersion = 1
 
-// Encode returns the canonical encoding: version, curve, quorum, number of holders,
-// for each its name and verification share, the public key, the auxiliary digest.
+// Encode returns the canonical encoding: version, curve, [guard.Group], and the
+// auxiliary digest.
 func (g *Group) Encode() []byte {
-	b := []byte{groupVersion, g.Curve.id}
-	b = binary.BigEndian.AppendUint16(b, uint16(g.Quorum))
-	b = binary.BigEndian.AppendUint16(b, uint16(len(g.Holders)))
-	for i, h := range g.Holders {
-		b = append(b, byte(len(h)))
-		b = append(b, h...)
-		b = append(b, g.VerificationShares[i][:]...)
-	}
-	b = append(b, g.PublicKey[:]...)
-	return append(b, g.Auxiliary[:]...)
+	return append(g.Append([]byte{groupVersion, g.Curve.id}), g.Auxiliary[:]...)
 }
 
-// DecodeGroup reads what [Group.Encode] wrote. It checks every point, and that all
-// verification shares lie on one polynomial of degree Quorum-1 with the public key at
-// zero.
+// DecodeGroup reads what [Group.Encode] wrote, and checks it as [guard.Group.Check]
+// does.
 func DecodeGroup(b []byte) (*Group, error) {
 	g, err := decodeGroup(b)
 	if err != nil {
@@ -131,109 +104,35 @@ func DecodeGroup(b []byte) (*Group, error) {
 }
 
 func decodeGroup(b []byte) (*Group, error) {
-	whole := b
-	if len(b) < 6 || b[0] != groupVersion {
+	if len(b) < 2 || b[0] != groupVersion {
 		return nil, errors.New("not of version 1")
 	}
-	g := &Group{Quorum: int(binary.BigEndian.Uint16(b[2:]))}
-	for _, c := range []*Curve{P256, Secp256k1} {
-		if c.id == b[1] {
-			g.Curve = c
-		}
+	at := slices.IndexFunc(curves, func(c *Curve) bool { return c.id == b[1] })
+	if at < 0 {
+		return nil, fmt.Errorf("curve %d is not known", b[1])
 	}
-	n := int(binary.BigEndian.Uint16(b[4:]))
-	if g.Curve == nil || n > guard.MaxParties {
-		return nil, fmt.Errorf("curve %d with %d holders is not known", b[1], n)
-	}
-	b = b[6:]
-	for range n {
-		if len(b) < 1 || len(b) < 1+int(b[0])+pointSize {
-			return nil, errors.New("too short")
-		}
-		name := b[1 : 1+int(b[0])]
-		b = b[1+len(name):]
-		g.Holders = append(g.Holders, protocol.HostID(name))
-		g.VerificationShares = append(g.VerificationShares, [pointSize]byte(b))
-		b = b[pointSize:]
-	}
-	if len(b) != pointSize+len(g.Auxiliary) {
-		return nil, errors.New("of the wrong length")
-	}
-	g.PublicKey, g.Auxiliary = [pointSize]byte(b), [32]byte(b[pointSize:])
-	if err := checkHolders(g.Quorum, g.Holders); err != nil {
+	g := &Group{Curve: curves[at]}
+	var err error
+	if g.Group, b, err = guard.DecodeGroup(g.Curve.group, b[2:]); err != nil {
 		return nil, err
 	}
-	if !bytes.Equal(g.Encode(), whole) {
-		return nil, errors.New("not in canonical form")
+	if len(b) != len(g.Auxiliary) {
+		return nil, errors.New("of the wrong length")
 	}
-	return g, g.consistent()
-}
-
-// checkHolders refuses groups that make no sense.
-func checkHolders(quorum int, holders []protocol.HostID) error {
-	if quorum < 2 || quorum > len(holders) || len(holders) > guard.MaxParties {
-		return fmt.Errorf("quorum %d of %d holders: want 2 <= quorum <= holders <= %d", quorum, len(holders), guard.MaxParties)
-	}
-	for _, h := range holders {
-		if len(h) > 255 {
-			return fmt.Errorf("a holder's name has %d bytes", len(h))
-		}
-	}
-	return protocol.CheckParties(holders[0], holders)
-}
-
-// consistent interpolates the public key from the first Quorum-1 shares and each of
-// the others.
-func (g *Group) consistent() error {
-	public, err := g.Curve.point(g.PublicKey[:])
-	if err != nil {
-		return fmt.Errorf("public key: %w", err)
-	}
-	var shares []curve.Point
-	for i, x := range g.VerificationShares {
-		p, err := g.Curve.point(x[:])
-		if err != nil {
-			return fmt.Errorf("verification share of %q: %w", g.Holders[i], err)
-		}
-		shares = append(shares, p)
-	}
-	for last := g.Quorum - 1; last < len(shares); last++ {
-		var ids []party.ID
-		for i := range g.Quorum - 1 {
-			ids = append(ids, guard.ID(i))
-		}
-		lambda := polynomial.Lagrange(g.Curve.group, append(ids, guard.ID(last)))
-		sum := lambda[guard.ID(last)].Act(shares[last])
-		for i, id := range ids {
-			sum = sum.Add(lambda[id].Act(shares[i]))
-		}
-		if !sum.Equal(public) {
-			return fmt.Errorf("the verification share of %q is not of this key", g.Holders[last])
-		}
-	}
-	return nil
-}
-
-// ids are the module's names of the holders.
-func ids(holders []protocol.HostID) map[protocol.HostID]party.ID {
-	out := map[protocol.HostID]party.ID{}
-	for i, h := range holders {
-		out[h] = guard.ID(i)
-	}
-	return out
+	g.Auxiliary = [32]byte(b)
+	return g, nil
 }
 
 // groupOf is the group of a configuration that the module made for holders.
 func groupOf(c *Curve, holders []protocol.HostID, cfg *module.Config) (*Group, error) {
-	g := &Group{Curve: c, Quorum: cfg.Threshold + 1, Holders: slices.Clone(holders)}
+	g := &Group{Curve: c, Group: guard.Group{Quorum: cfg.Threshold + 1, Holders: slices.Clone(holders)}}
 	if len(cfg.Public) != len(holders) {
 		return nil, fmt.Errorf("the module's configuration has %d parties, not %d", len(cfg.Public), len(holders))
 	}
-	public, err := cfg.PublicPoint().MarshalBinary()
-	if err != nil || len(public) != pointSize {
-		return nil, fmt.Errorf("encoding the public key: %d bytes, %w", len(public), err)
+	var err error
+	if g.PublicKey, err = guard.EncodePoint(cfg.PublicPoint()); err != nil {
+		return nil, err
 	}
-	g.PublicKey = [pointSize]byte(public)
 	h := sha256.New()
 	part := func(b []byte) {
 		h.Write(binary.BigEndian.AppendUint32(nil, uint32(len(b))))
@@ -247,21 +146,21 @@ func groupOf(c *Curve, holders []protocol.HostID, cfg *module.Config) (*Group, e
 		if p == nil {
 			return nil, fmt.Errorf("the module's configuration lacks host %q", name)
 		}
-		x, err := p.ECDSA.MarshalBinary()
-		if err != nil || len(x) != pointSize {
-			return nil, fmt.Errorf("encoding the verification share of %q: %d bytes, %w", name, len(x), err)
-		}
-		g.VerificationShares = append(g.VerificationShares, [pointSize]byte(x))
-		e, err := p.ElGamal.MarshalBinary()
+		x, err := guard.EncodePoint(p.ECDSA)
 		if err != nil {
-			return nil, fmt.Errorf("encoding the ElGamal key of %q: %w", name, err)
+			return nil, err
+		}
+		g.VerificationShares = append(g.VerificationShares, x)
+		e, err := guard.EncodePoint(p.ElGamal)
+		if err != nil {
+			return nil, err
 		}
 		n := p.Paillier.N().Bytes()
 		if moduli[string(n)] {
 			return nil, fmt.Errorf("host %q has the Paillier modulus of another", name)
 		}
 		moduli[string(n)] = true
-		for _, b := range [][]byte{x, e, n, p.Pedersen.N().Bytes(), p.Pedersen.S().Bytes(), p.Pedersen.T().Bytes()} {
+		for _, b := range [][]byte{x[:], e[:], n, p.Pedersen.N().Bytes(), p.Pedersen.S().Bytes(), p.Pedersen.T().Bytes()} {
 			part(b)
 		}
 	}
@@ -322,7 +221,7 @@ func newShare(c *Curve, self protocol.HostID, holders []protocol.HostID, cfg *mo
 	if err != nil {
 		return nil, err
 	}
-	if err := g.consistent(); err != nil {
+	if err := g.Check(c.group); err != nil {
 		return nil, err
 	}
 	encoded, err := cfg.MarshalBinary()
@@ -354,23 +253,4 @@ func (s *Share) config() (cfg *module.Config, err error) {
 		return err
 	})
 	return cfg, err
-}
-
-// signers checks that hosts are a quorum with self and gives the module's names.
-func (s *Share) signers(hosts []protocol.HostID) ([]party.ID, error) {
-	if err := protocol.CheckParties(s.Self, hosts); err != nil {
-		return nil, err
-	}
-	if len(hosts) != s.Group.Quorum {
-		return nil, fmt.Errorf("%d signers for a quorum of %d", len(hosts), s.Group.Quorum)
-	}
-	var out []party.ID
-	for _, h := range hosts {
-		at := slices.Index(s.Group.Holders, h)
-		if at < 0 {
-			return nil, fmt.Errorf("host %q holds no share", h)
-		}
-		out = append(out, guard.ID(at))
-	}
-	return out, nil
 }

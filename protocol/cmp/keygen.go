@@ -31,27 +31,24 @@ type Keygen struct {
 // NewKeygen makes the session of one holder. It computes for seconds: two safe primes
 // of 1024 bits in its first step, and proofs about them for each of the others later.
 func NewKeygen(cfg KeygenConfig) (*Keygen, error) {
-	if err := checkHolders(cfg.Quorum, cfg.Holders); err != nil {
+	if err := guard.CheckHolders(cfg.Quorum, cfg.Holders); err != nil {
 		return nil, fmt.Errorf("ECDSA key generation: %w", err)
 	}
 	var all []party.ID
 	for i := range cfg.Holders {
 		all = append(all, guard.ID(i))
 	}
-	self := ids(cfg.Holders)[cfg.Self]
+	self := guard.IDs(cfg.Holders)[cfg.Self]
 	s, err := guard.New(guard.Config{
-		Session: cfg.Session, Self: cfg.Self, Parties: cfg.Holders, IDs: ids(cfg.Holders),
+		Session: cfg.Session, Self: cfg.Self, Parties: cfg.Holders, IDs: guard.IDs(cfg.Holders),
 		Rounds: keygenRounds(cfg.Curve.group, cfg.Quorum, false),
-		Start:  module.Keygen(cfg.Curve.group, self, all, threshold(cfg.Quorum), nil),
+		Start:  module.Keygen(cfg.Curve.group, self, all, guard.Threshold(cfg.Quorum), nil),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("ECDSA key generation: %w", err)
 	}
 	return &Keygen{Session: s, cfg: cfg}, nil
 }
-
-// threshold is the module's word for a quorum: how many parties together know nothing.
-func threshold(quorum int) int { return quorum - 1 }
 
 // NewRefresh makes the session in which all holders of a key give each other new
 // shares of it, with new auxiliary parameters.
@@ -62,7 +59,7 @@ func NewRefresh(session protocol.SessionID, share *Share) (*Keygen, error) {
 		return nil, fmt.Errorf("ECDSA refresh: %w", err)
 	}
 	s, err := guard.New(guard.Config{
-		Session: session, Self: share.Self, Parties: g.Holders, IDs: ids(g.Holders),
+		Session: session, Self: share.Self, Parties: g.Holders, IDs: guard.IDs(g.Holders),
 		Rounds: keygenRounds(g.Curve.group, g.Quorum, true), Start: module.Refresh(cfg, nil),
 	})
 	if err != nil {
@@ -81,7 +78,7 @@ func (k *Keygen) Result() (*Share, error) {
 		return nil, err
 	}
 	cfg, ok := result.(*module.Config)
-	if !ok || threshold(k.cfg.Quorum) != cfg.Threshold {
+	if !ok || guard.Threshold(k.cfg.Quorum) != cfg.Threshold {
 		return nil, fmt.Errorf("the module made a %T of another quorum", result)
 	}
 	share, err := newShare(k.cfg.Curve, k.cfg.Self, k.cfg.Holders, cfg)

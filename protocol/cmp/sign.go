@@ -39,7 +39,7 @@ func NewSign(cfg SignConfig) (*Sign, error) {
 		return nil, fmt.Errorf("ECDSA signing: %w", err)
 	}
 	s, err := guard.New(guard.Config{
-		Session: cfg.Session, Self: cfg.Share.Self, Parties: cfg.Signers, IDs: ids(cfg.Share.Group.Holders),
+		Session: cfg.Session, Self: cfg.Share.Self, Parties: cfg.Signers, IDs: guard.IDs(cfg.Share.Group.Holders),
 		Rounds: signRounds(c.Group), Start: module.Sign(c, signers, cfg.Digest[:], nil),
 	})
 	if err != nil {
@@ -50,7 +50,7 @@ func NewSign(cfg SignConfig) (*Sign, error) {
 
 // open checks the signers and decodes the share for one session.
 func (cfg *SignConfig) open() (*module.Config, []party.ID, error) {
-	signers, err := cfg.Share.signers(cfg.Signers)
+	signers, err := cfg.Share.Group.Signers(cfg.Share.Self, cfg.Signers)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -86,7 +86,7 @@ func NewPresign(cfg SignConfig) (*Presign, error) {
 	}
 	cfg.Signers = slices.Clone(cfg.Signers)
 	s, err := guard.New(guard.Config{
-		Session: cfg.Session, Self: cfg.Share.Self, Parties: cfg.Signers, IDs: ids(cfg.Share.Group.Holders),
+		Session: cfg.Session, Self: cfg.Share.Self, Parties: cfg.Signers, IDs: guard.IDs(cfg.Share.Group.Holders),
 		Rounds: presignRounds(c.Group, signers), Start: module.Presign(c, signers, nil),
 	})
 	if err != nil {
@@ -165,7 +165,7 @@ func NewOnline(session protocol.SessionID, p *Presignature, digest [32]byte) (*S
 		return nil, fmt.Errorf("ECDSA signing: %w", err)
 	}
 	s, err := guard.New(guard.Config{
-		Session: session, Self: p.self, Parties: p.signers, IDs: ids(p.group.Holders),
+		Session: session, Self: p.self, Parties: p.signers, IDs: guard.IDs(p.group.Holders),
 		Rounds: onlineRounds(p.group.Curve.group), Start: module.PresignOnline(p.public, made, digest[:], nil),
 	})
 	if err != nil {

@@ -98,15 +98,9 @@ func Modulus(n int) Shape {
 
 // Point is a point of the group other than the identity, compressed.
 func Point(group curve.Curve) Shape {
-	return leaf(33, func(b []byte) error {
-		p := group.NewPoint()
-		if err := p.UnmarshalBinary(b); err != nil {
-			return errors.New("is no point of the curve")
-		}
-		if again, err := p.MarshalBinary(); err != nil || p.IsIdentity() || !bytes.Equal(again, b) {
-			return errors.New("is no point of the curve in canonical form")
-		}
-		return nil
+	return leaf(PointSize, func(b []byte) error {
+		_, err := DecodePoint(group, b)
+		return err
 	})
 }
 
@@ -134,7 +128,7 @@ func Polynomial(group curve.Curve, n int, zero bool) Shape {
 		points[i] = Point(group)
 	}
 	form := Fields("IsConstant Coefficients", constant(zero), array(points...))
-	size := 4 + 1 + len("xIsConstant") + 1 + len("xCoefficients") + len(head(cborArray, n)) + n*(2+33)
+	size := 4 + 1 + len("xIsConstant") + 1 + len("xCoefficients") + len(head(cborArray, n)) + n*(2+PointSize)
 	return leaf(size, func(b []byte) error {
 		if binary.BigEndian.Uint32(b) != uint32(n) {
 			return fmt.Errorf("says it has %d coefficients, not %d", binary.BigEndian.Uint32(b), n)
