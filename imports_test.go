@@ -39,7 +39,7 @@ var allowed = map[string][]string{
 	"agent/epoch":                  {"agent/vault", "protocol"},
 	"agent":                        {"internal/...", "protocol/...", "config", "agent/..."},
 	"cmd/conseald":                 {"agent", "agent/vault", "config", "hsm", "tpm"},
-	"cmd/conseal":                  {"agent/api/...", "config", "hsm"},
+	"cmd/conseal":                  {"agent/api/...", "config", "hsm", "protocol/..."},
 	"testenv":                      {"internal/...", "protocol/...", "config", "agent/...", "tpm", "hsm"},
 	"testenv/bench":                {"testenv", "protocol/...", "agent/api"},
 	"testenv/story":                {"testenv"},

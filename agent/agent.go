@@ -321,8 +321,15 @@ func (a *Agent) opened(from protocol.HostID, open *peerpb.Open) error {
 	}
 	k := a.keys[b.Key]
 	parties := []protocol.HostID{from}
-	if k != nil && b.Operation == "keygen" {
+	switch {
+	case k == nil:
+	case b.Operation == "keygen":
 		parties = k.holders
+	case k.scheme.traits().mesh:
+		parties = slices.DeleteFunc(slices.Clone(b.Parties), func(h protocol.HostID) bool { return !k.holds(h) })
+		if !slices.Contains(parties, from) {
+			parties = append(parties, from)
+		}
 	}
 	box, busy := a.sessions.open(b.ID(), a.self, parties)
 	a.tasks.Go(func() {
@@ -355,7 +362,7 @@ func (a *Agent) join(from protocol.HostID, k *key, b *protocol.Binding, open *pe
 	switch {
 	case k == nil:
 		return &partyError{a.self, reasonDiffers, fmt.Sprintf("its roster gives it no key %q", b.Key)}
-	case b.Operation == "sign":
+	case b.Operation == opSign, b.Operation == opSignDigest:
 		return a.joinSign(a.ctx, from, k, b, open.Message, box)
 	case b.Operation == "keygen":
 		return a.joinKeygen(a.ctx, from, k, b, open.Staged, box)

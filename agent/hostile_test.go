@@ -252,7 +252,7 @@ func (l *lab) sign(host string, message []byte) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	public, err := x509.ParsePKIXPublicKey(act.spki)
+	public, err := x509.ParsePKIXPublicKey(act.output.spki)
 	ok(l.t, err)
 	if !ed25519.Verify(public.(ed25519.PublicKey), message, r.Signature) {
 		l.t.Error("the signature does not verify")
@@ -450,7 +450,7 @@ func (r *rogue) signing(witness string, message []byte, parties ...protocol.Host
 	k := r.hosts[witness].agent.keys["first"]
 	var nonce [32]byte
 	rand.Read(nonce[:])
-	b := r.hosts[witness].agent.signBinding(k, k.active.Load(), parties, sha256.Sum256(message), nonce)
+	b := r.hosts[witness].agent.signBinding(opSign, k, k.active.Load(), parties, sha256.Sum256(message), nonce)
 	return &b
 }
 

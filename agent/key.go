@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"crypto/x509"
 	"fmt"
 	"slices"
 	"sync"
@@ -39,13 +38,13 @@ type key struct {
 	cancel     context.CancelCauseFunc             // ends the generation under way
 	retry      retry                               // when the next generation may start
 	condition  condition
+	stage      string // how far the generation under way is, for people
 }
 
 // active is the epoch that a key signs with here.
 type active struct {
 	certificate *epoch.Certificate
 	id          [32]byte // of the certificate
-	spki        []byte   // public key, DER
 	output      output
 	shareholder
 }
@@ -145,7 +144,7 @@ func (k *key) describe(self protocol.HostID) *apipb.Key {
 		Purpose: k.entry.Purpose, State: k.entry.State, Incarnation: k.id.Incarnation, Live: names(k.live(self)),
 	}
 	if act := k.active.Load(); act != nil {
-		out.PublicKey = act.spki
+		out.PublicKey = act.output.spki
 		out.EpochRoster, out.EpochAttempt = act.certificate.Subject.Number.Roster, act.certificate.Subject.Number.Attempt
 		out.Certificate = act.id[:]
 	}
@@ -166,11 +165,7 @@ func (k *key) activate(self protocol.HostID, c *epoch.Certificate, v *vault.Vaul
 		return fmt.Errorf("key %q: its certificate is for quorum %d of %q, the roster says %d of %q",
 			k.id.Name, out.quorum, out.holders, k.entry.Quorum, k.holders)
 	}
-	spki, err := x509.MarshalPKIXPublicKey(out.key)
-	if err != nil {
-		return fmt.Errorf("encoding the public key of %q: %w", k.id.Name, err)
-	}
-	act := &active{certificate: c, id: c.Subject.ID(), spki: spki, output: out}
+	act := &active{certificate: c, id: c.Subject.ID(), output: out}
 	err = v.Lend(k.id, c.Subject.Number, func(share []byte) error {
 		act.shareholder, err = k.scheme.load(self, c.Public, share)
 		return err

@@ -60,6 +60,8 @@ func (a *Agent) progress(k *key) string {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	switch {
+	case k.cancel != nil && k.stage != "":
+		return "the hosts run the key generation: " + k.stage
 	case k.cancel != nil:
 		return "the hosts run the key generation"
 	case k.retry.last != "":
@@ -155,11 +157,11 @@ func (a *Agent) startGeneration(ctx context.Context, k *key) (context.Context, f
 	ctx, stop := context.WithTimeoutCause(ctx, a.config.Limits.KeygenDeadline, errors.New("the key generation took too long"))
 	ctx, cancel := context.WithCancelCause(ctx)
 	k.mu.Lock()
-	k.cancel = cancel
+	k.cancel, k.stage = cancel, ""
 	k.mu.Unlock()
 	return ctx, func() {
 		k.mu.Lock()
-		k.cancel = nil
+		k.cancel, k.stage = nil, ""
 		k.mu.Unlock()
 		cancel(nil)
 		stop()
@@ -294,6 +296,17 @@ func (a *Agent) runKeygen(ctx context.Context, k *key, v *vault.Vault, n vault.N
 		return err
 	}
 	defer session.Close()
+	box.watch = func(stage string) {
+		k.mu.Lock()
+		changed := k.stage != stage
+		k.stage = stage
+		k.mu.Unlock()
+		if changed {
+			a.log.Debug("key generation", "key", k.id.Name, "epoch", n.String(), "session", box.id.String(), "stage", stage)
+			a.nudge()
+		}
+	}
+	box.watch("computing")
 	if err := drive(ctx, a.self, session, box, a.net.Send, early); err != nil {
 		return err
 	}

@@ -1,26 +1,40 @@
 package agent
 
 import (
-	"crypto"
 	"fmt"
 
 	"conseal/internal/secret"
 	"conseal/protocol"
+	"conseal/protocol/cmp"
 )
 
 // scheme is what the agent needs of a signature scheme.
 type scheme interface {
 	// keygen makes the session of a key generation.
 	keygen(id protocol.SessionID, self protocol.HostID, holders []protocol.HostID, quorum int) (generation, error)
+	// traits says what the agent needs to know to run the scheme's sessions.
+	traits() traits
 	// inspect reads the public output of an epoch.
 	inspect(public []byte) (output, error)
 	// load reads this host's share and checks it against the public output.
 	load(self protocol.HostID, public, share []byte) (shareholder, error)
 }
 
+// traits tell schemes apart.
+type traits struct {
+	// mesh: signers send to each other, not only to the coordinator, so none may
+	// begin before all have joined.
+	mesh bool
+	// attempts is how many attempts at a signature fit into a request's deadline,
+	// so that a host that hangs leaves time for another quorum.
+	attempts int
+	// digest: what is signed is SHA-256 of the message, so a caller may bring it.
+	digest bool
+}
+
 // output is what everybody may know of an epoch.
 type output struct {
-	key     crypto.PublicKey
+	spki    []byte // the public key, DER SubjectPublicKeyInfo
 	pin     []byte // the key as the roster pins it
 	quorum  int
 	holders []protocol.HostID
@@ -45,14 +59,22 @@ type signing struct {
 	self        protocol.HostID
 	coordinator protocol.HostID
 	signers     []protocol.HostID // sorted, as many as the quorum
-	message     []byte
+	message     []byte            // empty if only its digest is known
+	digest      [32]byte          // SHA-256 of the message
 }
 
 // signature is a session of signing. result is valid at the coordinator once the
 // session is done; it has been verified.
 type signature interface {
 	protocol.Session
-	result() ([]byte, error)
+	result() (signed, error)
+}
+
+// signed is a signature in the forms that a scheme has.
+type signed struct {
+	signature []byte // as openssl takes it
+	fixed     []byte // ECDSA: r and s, 64 bytes
+	recovery  uint32 // ECDSA: which public key r and s allow
 }
 
 // schemeOf returns the scheme of that name, as the roster writes it.
@@ -60,6 +82,12 @@ func schemeOf(name string) (scheme, error) {
 	switch name {
 	case "ed25519":
 		return ed25519Scheme{}, nil
+	case "ecdsa-p256":
+		return ecdsaScheme{cmp.P256}, nil
+	case "ecdsa-secp256k1":
+		return ecdsaScheme{cmp.Secp256k1}, nil
+	case "bip340":
+		return bip340Scheme{}, nil
 	}
 	return nil, fmt.Errorf("this version cannot run scheme %q", name)
 }

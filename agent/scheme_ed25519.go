@@ -2,6 +2,7 @@ package agent
 
 import (
 	"crypto/ed25519"
+	"crypto/x509"
 
 	"conseal/internal/secret"
 	"conseal/protocol"
@@ -16,12 +17,18 @@ func (ed25519Scheme) keygen(id protocol.SessionID, self protocol.HostID, holders
 	return frostKeygen{k}, err
 }
 
+func (ed25519Scheme) traits() traits { return traits{attempts: 4} }
+
 func (ed25519Scheme) inspect(public []byte) (output, error) {
 	g, err := frost.DecodeGroup(public)
 	if err != nil {
 		return output{}, err
 	}
-	return output{key: ed25519.PublicKey(g.PublicKey[:]), pin: g.PublicKey[:], quorum: g.Quorum, holders: g.Holders}, nil
+	spki, err := x509.MarshalPKIXPublicKey(ed25519.PublicKey(g.PublicKey[:]))
+	if err != nil {
+		return output{}, err
+	}
+	return output{spki: spki, pin: g.PublicKey[:], quorum: g.Quorum, holders: g.Holders}, nil
 }
 
 func (ed25519Scheme) load(self protocol.HostID, public, share []byte) (shareholder, error) {
@@ -62,4 +69,7 @@ func (s frostShare) sign(in signing) (signature, error) {
 
 type frostSign struct{ *frost.Sign }
 
-func (s frostSign) result() ([]byte, error) { return s.Signature() }
+func (s frostSign) result() (signed, error) {
+	sig, err := s.Signature()
+	return signed{signature: sig}, err
+}

@@ -245,7 +245,13 @@ func (s signerAPI) Sign(ctx context.Context, r *apipb.SignRequest) (*apipb.SignR
 	case k.entry.State != "active":
 		return nil, &apiError{connect.CodeFailedPrecondition, "KEY_" + strings.ToUpper(k.entry.State), fmt.Sprintf("key %q is %s by the roster", r.Key, k.entry.State),
 			"ask the security team"}
-	case len(r.Message) == 0:
+	case len(r.Digest) > 0 && !(k.entry.Prehashed && k.scheme.traits().digest):
+		return nil, &apiError{connect.CodePermissionDenied, "NO_DIGESTS", fmt.Sprintf("key %q signs whole messages", r.Key),
+			"send the message; the security team may set `prehashed = true` for ECDSA keys in the roster"}
+	case len(r.Digest) > 0 && (len(r.Digest) != sha256.Size || len(r.Message) > 0):
+		return nil, &apiError{connect.CodeInvalidArgument, "BAD_DIGEST", fmt.Sprintf("a digest of %d bytes and a message of %d", len(r.Digest), len(r.Message)),
+			"send either a message or its SHA-256, 32 bytes"}
+	case len(r.Digest) == 0 && len(r.Message) == 0:
 		return nil, &apiError{connect.CodeInvalidArgument, "EMPTY_MESSAGE", "the message is empty", "send the whole message that is to be signed"}
 	case len(r.Message) > a.config.Limits.Message:
 		return nil, &apiError{connect.CodeInvalidArgument, "MESSAGE_TOO_LARGE",
@@ -259,7 +265,11 @@ func (s signerAPI) Sign(ctx context.Context, r *apipb.SignRequest) (*apipb.SignR
 		return nil, &apiError{connect.CodeResourceExhausted, "RATE_LIMIT", fmt.Sprintf("uid %d asks too often", who.UID),
 			"ask more slowly, or raise `limits.caller_rate`"}
 	}
-	return a.sign(ctx, &request{k: k, act: act, message: r.Message, digest: sha256.Sum256(r.Message), caller: who})
+	ask := &request{k: k, act: act, message: r.Message, digest: sha256.Sum256(r.Message), caller: who}
+	if len(r.Digest) > 0 {
+		ask.digest = [32]byte(r.Digest)
+	}
+	return a.sign(ctx, ask)
 }
 
 // GetKey describes one key.

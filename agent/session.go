@@ -47,6 +47,7 @@ type inbox struct {
 	parties []protocol.HostID // without this host
 	events  chan event
 	count   map[protocol.HostID]int // events of each party; guarded by sessions.mu
+	watch   func(stage string)      // told of progress, if not nil
 }
 
 // sessions knows the sessions under way, to deliver what peers send.
@@ -173,6 +174,7 @@ func drive(ctx context.Context, self protocol.HostID, s protocol.Session, box *i
 		if ready.Done {
 			return nil
 		}
+		box.progress(s)
 		ev, left := nextEvent(ctx, box, &early, owing)
 		if left != nil {
 			hangUp(box, send, left)
@@ -184,6 +186,19 @@ func drive(ctx context.Context, self protocol.HostID, s protocol.Session, box *i
 			// Nothing is proven, but another attempt may do without who sent this.
 			err = &partyError{host: ev.from, text: strings.TrimPrefix(err.Error(), fmt.Sprintf("host %q: ", ev.from))}
 		}
+	}
+}
+
+// progress tells the watcher of a session with several rounds how far it is.
+func (b *inbox) progress(s protocol.Session) {
+	p, ok := s.(interface {
+		Progress() (round, rounds int, missing []protocol.HostID)
+	})
+	if !ok || b.watch == nil {
+		return
+	}
+	if round, rounds, missing := p.Progress(); len(missing) > 0 {
+		b.watch(fmt.Sprintf("round %d of %d, waiting for %s", round, rounds, strings.Join(names(missing), ", ")))
 	}
 }
 

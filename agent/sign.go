@@ -19,10 +19,6 @@ import (
 	"conseal/protocol"
 )
 
-// attemptShare is the part of a request's deadline that one attempt may take, so
-// that a host that hangs leaves time for another quorum.
-const attemptShare = 4
-
 // failedFor is how long a host that failed in a session is asked last.
 const failedFor = 30 * time.Second
 
@@ -30,9 +26,27 @@ const failedFor = 30 * time.Second
 type request struct {
 	k       *key
 	act     *active
-	message []byte
+	message []byte // empty if the caller brought its digest
 	digest  [32]byte
 	caller  caller
+}
+
+// Operations of sessions that sign.
+const (
+	opSign       = "sign"        // a message, which each signer hashes itself
+	opSignDigest = "sign-digest" // what the caller says is a message's digest
+)
+
+func (r *request) operation() string {
+	if len(r.message) == 0 {
+		return opSignDigest
+	}
+	return opSign
+}
+
+// attemptTime is how long one attempt at a signature may take.
+func (a *Agent) attemptTime(k *key) time.Duration {
+	return a.config.Limits.SignDeadline / time.Duration(k.scheme.traits().attempts)
 }
 
 // sign has a message signed by a quorum, trying one quorum after another until
@@ -49,7 +63,10 @@ func (a *Agent) sign(ctx context.Context, r *request) (*apipb.SignResponse, erro
 		}
 		session, sig, err := a.attempt(ctx, r, signers)
 		if err == nil {
-			return &apipb.SignResponse{Signature: sig, PublicKey: r.act.spki, Signers: names(signers), Session: session.String()}, nil
+			return &apipb.SignResponse{
+				Signature: sig.signature, Fixed: sig.fixed, RecoveryId: sig.recovery,
+				PublicKey: r.act.output.spki, Signers: names(signers), Session: session.String(),
+			}, nil
 		}
 		failures = append(failures, err)
 		a.log.Warn("signing session failed", "key", r.k.id.Name, "session", session.String(), "signers", signers, "error", err)
@@ -126,16 +143,16 @@ func (a *Agent) pick(k *key, act *active, excluded map[protocol.HostID]bool) []p
 }
 
 // attempt runs one session with fresh nonces.
-func (a *Agent) attempt(ctx context.Context, r *request, signers []protocol.HostID) (protocol.SessionID, []byte, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, a.config.Limits.SignDeadline/attemptShare, errors.New("the attempt took too long"))
+func (a *Agent) attempt(ctx context.Context, r *request, signers []protocol.HostID) (protocol.SessionID, signed, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, a.attemptTime(r.k), errors.New("the attempt took too long"))
 	defer cancel()
 	var nonce [32]byte
 	rand.Read(nonce[:])
-	b := a.signBinding(r.k, r.act, signers, r.digest, nonce)
+	b := a.signBinding(r.operation(), r.k, r.act, signers, r.digest, nonce)
 	id := b.ID()
 	box, err := a.sessions.open(id, a.self, signers)
 	if err != nil {
-		return id, nil, err
+		return id, signed{}, err
 	}
 	defer a.sessions.close(box)
 	logged := a.ledger.Append(entry{
@@ -147,20 +164,53 @@ func (a *Agent) attempt(ctx context.Context, r *request, signers []protocol.Host
 		if err := a.net.Send(h, open); err != nil {
 			err = &partyError{host: h, text: err.Error()}
 			hangUp(box, a.net.Send, err)
-			return id, nil, err
+			return id, signed{}, err
 		}
 	}
-	session, err := r.act.sign(signing{id: id, self: a.self, coordinator: a.self, signers: signers, message: r.message})
+	if err := a.letGo(ctx, r.k, box); err != nil {
+		hangUp(box, a.net.Send, err)
+		return id, signed{}, err
+	}
+	session, err := r.act.sign(signing{id: id, self: a.self, coordinator: a.self, signers: signers, message: r.message, digest: r.digest})
 	if err != nil {
 		hangUp(box, a.net.Send, err)
-		return id, nil, err
+		return id, signed{}, err
 	}
 	defer session.Close()
 	if err := drive(ctx, a.self, session, box, a.afterEntry(ctx, logged), nil); err != nil {
-		return id, nil, err
+		return id, signed{}, err
 	}
 	sig, err := session.result()
 	return id, sig, errors.Join(err, logged(ctx))
+}
+
+// letGo waits until every signer has joined, and lets them begin, where signers send
+// to each other: a message to a host that has not joined yet would be lost.
+func (a *Agent) letGo(ctx context.Context, k *key, box *inbox) error {
+	if !k.scheme.traits().mesh {
+		return nil
+	}
+	if _, err := gather(ctx, box, box.parties); err != nil {
+		return err
+	}
+	for _, h := range box.parties {
+		if err := a.net.Send(h, readyFrame(box.id)); err != nil {
+			return &partyError{host: h, text: err.Error()}
+		}
+	}
+	return nil
+}
+
+// waitGo tells the coordinator that this host has joined, and waits until all have.
+// It returns what others sent meanwhile.
+func (a *Agent) waitGo(ctx context.Context, k *key, coordinator protocol.HostID, box *inbox) ([]event, error) {
+	if !k.scheme.traits().mesh {
+		return nil, nil
+	}
+	if err := a.net.Send(coordinator, readyFrame(box.id)); err != nil {
+		return nil, &partyError{host: coordinator, text: err.Error()}
+	}
+	return gather(ctx, box, []protocol.HostID{coordinator})
 }
 
 // afterEntry returns a sender that lets only commitments out (round 1) before
@@ -176,8 +226,8 @@ func (a *Agent) afterEntry(ctx context.Context, logged func(context.Context) err
 	}
 }
 
-func (a *Agent) signBinding(k *key, act *active, signers []protocol.HostID, request, nonce [32]byte) protocol.Binding {
-	b := k.binding("sign", act.certificate.Subject.Number, signers, nonce)
+func (a *Agent) signBinding(operation string, k *key, act *active, signers []protocol.HostID, request, nonce [32]byte) protocol.Binding {
+	b := k.binding(operation, act.certificate.Subject.Number, signers, nonce)
 	b.Certificate, b.Quorum, b.Request = act.id, uint64(act.output.quorum), request
 	return b
 }
@@ -189,18 +239,22 @@ func (a *Agent) joinSign(ctx context.Context, from protocol.HostID, k *key, b *p
 	if err := a.maySign(from, k, act, b, message); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, a.config.Limits.SignDeadline/attemptShare, errors.New("the asking host took too long"))
+	ctx, cancel := context.WithTimeoutCause(ctx, a.attemptTime(k), errors.New("the asking host took too long"))
 	defer cancel()
 	logged := a.ledger.Append(entry{
 		Event: "sign", Key: k.id.Name, Epoch: act.certificate.Subject.Number.String(), Session: box.id.String(),
 		Asker: string(from), Signers: names(b.Parties), SHA256: hex.EncodeToString(b.Request[:]), Size: len(message),
 	})
-	session, err := act.sign(signing{id: box.id, self: a.self, coordinator: from, signers: b.Parties, message: message})
+	session, err := act.sign(signing{id: box.id, self: a.self, coordinator: from, signers: b.Parties, message: message, digest: b.Request})
 	if err != nil {
 		return err
 	}
 	defer session.Close()
-	return drive(ctx, a.self, session, box, a.afterEntry(ctx, logged), nil)
+	early, err := a.waitGo(ctx, k, from, box)
+	if err != nil {
+		return err
+	}
+	return drive(ctx, a.self, session, box, a.afterEntry(ctx, logged), early)
 }
 
 // maySign is where a host decides by itself whether its share is used.
@@ -217,6 +271,9 @@ func (a *Agent) maySign(from protocol.HostID, k *key, act *active, b *protocol.B
 		return refuse(reasonNotReady, "it has no share of the key ready")
 	case !k.asks(from):
 		return refuse(reasonRefused, "its roster does not let host %q ask for this key", from)
+	case b.Operation == opSignDigest && (len(message) > 0 || !k.entry.Prehashed || !k.scheme.traits().digest):
+		return refuse(reasonRefused, "its roster does not let this key sign digests")
+	case b.Operation == opSignDigest:
 	case len(message) == 0 || len(message) > a.config.Limits.Message:
 		return refuse(reasonRefused, "a message of %d bytes is outside its limits of 1 to %d", len(message), a.config.Limits.Message)
 	case sha256.Sum256(message) != b.Request:
@@ -224,6 +281,9 @@ func (a *Agent) maySign(from protocol.HostID, k *key, act *active, b *protocol.B
 	}
 	if err := protocol.CheckParties(a.self, b.Parties); err != nil {
 		return refuse(reasonDiffers, "%v", err)
+	}
+	if k.scheme.traits().mesh && !slices.Contains(b.Parties, from) {
+		return refuse(reasonDiffers, "host %q asks and is no signer, which this scheme does not allow", from)
 	}
 	if len(b.Parties) != act.output.quorum {
 		return refuse(reasonDiffers, "%d signers for a quorum of %d", len(b.Parties), act.output.quorum)
@@ -233,7 +293,7 @@ func (a *Agent) maySign(from protocol.HostID, k *key, act *active, b *protocol.B
 			return refuse(reasonDiffers, "host %q holds no share", h)
 		}
 	}
-	mine := a.signBinding(k, act, b.Parties, b.Request, b.Nonce)
+	mine := a.signBinding(b.Operation, k, act, b.Parties, b.Request, b.Nonce)
 	if text := mine.Differs(b); text != "" {
 		return refuse(reasonDiffers, "we differ on %s", text)
 	}

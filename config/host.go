@@ -115,7 +115,7 @@ type Limits struct {
 	// 4194304. Default: 1048576.
 	Message int `toml:"message"`
 	// SignDeadline is how long one signature may take, 100ms to 10m.
-	// Default: "10s".
+	// Default: "30s".
 	SignDeadline time.Duration `toml:"sign_deadline"`
 	// KeygenDeadline is how long making a key may take before it starts anew,
 	// 1s to 24h. Default: "2m".
@@ -163,7 +163,7 @@ func Default() *Host {
 		},
 		Limits: Limits{
 			Message:         1 << 20,
-			SignDeadline:    10 * time.Second,
+			SignDeadline:    30 * time.Second,
 			KeygenDeadline:  2 * time.Minute,
 			SessionsPerPeer: 64,
 			PeerRate:        5000,

@@ -75,6 +75,12 @@ type Key struct {
 	// Askers are the hosts that may ask the others for signatures. Empty is
 	// Hosts.
 	Askers []string `toml:"askers,omitempty"`
+	// Prehashed lets callers bring a digest in place of the message; ECDSA only.
+	// The hosts then cannot tell what they sign: see docs/threats.md.
+	Prehashed bool `toml:"prehashed,omitempty"`
+	// PrehashedPresignatures lets such digests be signed with presignatures too,
+	// which is weaker against a caller who chooses digests: see docs/threats.md.
+	PrehashedPresignatures bool `toml:"prehashed_presignatures,omitempty"`
 }
 
 // PublicKey is a public key in the form of its scheme; hexadecimal as text.
@@ -162,7 +168,8 @@ func find[T any](list []T, is func(*T) bool) (*T, bool) {
 //	"conseal roster v1", fleet, version,
 //	hosts by name: name, address, identity pin, protector, role;
 //	keys by name: name, incarnation, scheme, quorum, hosts*, state, purpose,
-//	    generate (0 or 1), public key, users*, askers*        (* sorted)
+//	    generate (0 or 1), public key, users*, askers*,       (* sorted)
+//	    prehashed, prehashed_presignatures (0 or 1)
 func (r *Roster) Digest() [32]byte {
 	h := digest{sha256.New()}
 	h.text("conseal roster v1", r.Fleet)
@@ -183,6 +190,8 @@ func (r *Roster) Digest() [32]byte {
 		h.text(string(k.PublicKey))
 		h.set(k.Users)
 		h.set(k.Askers)
+		h.flag(k.Prehashed)
+		h.flag(k.PrehashedPresignatures)
 	}
 	return h.sum()
 }

@@ -163,6 +163,12 @@ func (c *keyChecker) checkBirth(at string, k *Key) {
 	if !pinned {
 		return
 	}
+	if k.Prehashed && !strings.HasPrefix(k.Scheme, "ecdsa-") {
+		c.add(at+"prehashed", "scheme %s signs whole messages only", k.Scheme)
+	}
+	if k.PrehashedPresignatures && !k.Prehashed {
+		c.add(at+"prehashed_presignatures", "means nothing without `prehashed = true`")
+	}
 	if wanted := publicKeyWanted(k.Scheme, k.PublicKey); wanted != "" {
 		c.add(at+"public_key", "%s: wants %s", clip(k.PublicKey.String()), wanted)
 	}

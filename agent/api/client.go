@@ -65,6 +65,13 @@ func (c *Client) Sign(ctx context.Context, key string, message []byte) (*apipb.S
 	return r, Explain(err)
 }
 
+// SignDigest has a quorum sign the message of a SHA-256 digest; for ECDSA keys whose
+// roster entry allows it.
+func (c *Client) SignDigest(ctx context.Context, key string, digest []byte) (*apipb.SignResponse, error) {
+	r, err := c.signer.Sign(ctx, &apipb.SignRequest{Key: key, Digest: digest})
+	return r, Explain(err)
+}
+
 // GetKey describes a key.
 func (c *Client) GetKey(ctx context.Context, name string) (*apipb.Key, error) {
 	r, err := c.signer.GetKey(ctx, &apipb.GetKeyRequest{Key: name})
@@ -144,15 +151,32 @@ func (c *Client) Key(ctx context.Context, name string) (*Signer, error) {
 	return &Signer{client: c, name: name, scheme: k.Scheme, public: public}, nil
 }
 
-// Public returns the key's public key: an [ed25519.PublicKey].
+// Public returns the key's public key: an [ed25519.PublicKey] or, for ecdsa-p256, an
+// [*ecdsa.PublicKey].
 func (s *Signer) Public() crypto.PublicKey { return s.public }
 
-// Sign signs a whole message: opts.HashFunc() must be zero, as for
-// [ed25519.PrivateKey.Sign]. rand is not used.
+// Sign signs a whole message with an Ed25519 key: opts.HashFunc() must be zero, as for
+// [ed25519.PrivateKey.Sign]. With ECDSA it signs a SHA-256 digest, which the key's
+// roster entry must allow; [Signer.SignMessage] needs no such leave. rand is not used.
 func (s *Signer) Sign(_ io.Reader, message []byte, opts crypto.SignerOpts) ([]byte, error) {
-	if _, ok := s.public.(ed25519.PublicKey); !ok || opts.HashFunc() != 0 {
-		return nil, fmt.Errorf("key %q (%s) signs whole messages, no digests", s.name, s.scheme)
+	sign := s.client.Sign
+	switch _, ed := s.public.(ed25519.PublicKey); {
+	case ed && opts.HashFunc() == 0:
+	case !ed && opts.HashFunc() == crypto.SHA256:
+		sign = s.client.SignDigest
+	default:
+		return nil, fmt.Errorf("key %q (%s) signs whole messages, or with ECDSA SHA-256 digests", s.name, s.scheme)
 	}
+	r, err := sign(context.Background(), s.name, message)
+	if err != nil {
+		return nil, err
+	}
+	return r.Signature, nil
+}
+
+// SignMessage signs a whole message, which every host hashes itself
+// ([crypto.MessageSigner]).
+func (s *Signer) SignMessage(_ io.Reader, message []byte, _ crypto.SignerOpts) ([]byte, error) {
 	r, err := s.client.Sign(context.Background(), s.name, message)
 	if err != nil {
 		return nil, err

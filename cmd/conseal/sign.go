@@ -18,21 +18,30 @@ import (
 const maxInput = 4 << 20
 
 func signCommand(e *env) *cobra.Command {
-	var format, output string
+	var format, output, ecdsa string
+	var digest bool
 	c := &cobra.Command{
 		Use:   "sign KEY [FILE]",
 		Short: "Sign a file, or standard input",
 		Long: `Sign a whole file, or standard input, with a quorum of the key's hosts.
 
 The signature goes to standard output, or to --output. It has been verified
-under the public key before it is printed.`,
+under the public key before it is printed.
+
+ECDSA signs SHA-256 of the file. With --digest the input is that digest itself, 32
+bytes, which the key's entry in the roster must allow.`,
 		Example: `  conseal sign release app.tar.gz --output app.tar.gz.sig
-  echo hello | conseal sign release --format base64`,
+  echo hello | conseal sign release --format base64
+  conseal sign jwt token.txt --ecdsa fixed --format base64
+  sha256sum big.iso | head -c 64 | xxd -r -p | conseal sign release --digest`,
 		Args: args(1, 2),
 		RunE: func(c *cobra.Command, args []string) error {
 			encode, ok := encodings[format]
 			if !ok {
 				return usageError{fmt.Errorf("--format %q: want raw, hex or base64", format)}
+			}
+			if ecdsa != "der" && ecdsa != "fixed" && ecdsa != "recoverable" {
+				return usageError{fmt.Errorf("--ecdsa %q: want der, fixed or recoverable", ecdsa)}
 			}
 			message, err := readInput(e.in, args[1:])
 			if err != nil {
@@ -43,11 +52,25 @@ under the public key before it is printed.`,
 				return err
 			}
 			defer client.Close()
-			r, err := client.Sign(c.Context(), args[0], message)
+			sign := client.Sign
+			if digest {
+				sign = client.SignDigest
+			}
+			r, err := sign(c.Context(), args[0], message)
 			if err != nil {
 				return err
 			}
-			out := encode(r.Signature)
+			sig := r.Signature
+			if ecdsa != "der" {
+				if len(r.Fixed) == 0 {
+					return usageError{fmt.Errorf("--ecdsa %s: key %q makes no ECDSA signatures", ecdsa, args[0])}
+				}
+				sig = r.Fixed
+			}
+			if ecdsa == "recoverable" {
+				sig = append(sig, byte(r.RecoveryId))
+			}
+			out := encode(sig)
 			if e.json {
 				if out, err = signedJSON(args[0], r); err != nil {
 					return err
@@ -62,6 +85,8 @@ under the public key before it is printed.`,
 	}
 	e.socketFlag(c, "CONSEAL_SIGN_SOCKET", api.SignSocket)
 	c.Flags().StringVar(&format, "format", "raw", "raw, hex or base64")
+	c.Flags().StringVar(&ecdsa, "ecdsa", "der", "form of ECDSA signatures: der, fixed (r || s, 64 bytes) or recoverable (and the recovery id, 65 bytes)")
+	c.Flags().BoolVar(&digest, "digest", false, "the input is the SHA-256 of the message, 32 bytes")
 	c.Flags().StringVarP(&output, "output", "o", "", "write the signature to this file")
 	return c
 }
@@ -79,7 +104,9 @@ func signedJSON(key string, r *apipb.SignResponse) ([]byte, error) {
 		PublicKey []byte   `json:"public_key"`
 		Signers   []string `json:"signers"`
 		Session   string   `json:"session"`
-	}{key, r.Signature, r.PublicKey, r.Signers, r.Session})
+		Fixed     []byte   `json:"fixed,omitempty"`
+		Recovery  uint32   `json:"recovery_id,omitempty"`
+	}{key, r.Signature, r.PublicKey, r.Signers, r.Session, r.Fixed, r.RecoveryId})
 	return append(b, '\n'), err
 }
 

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bytes"
+	"context"
 	"encoding/hex"
 	"encoding/pem"
 	"fmt"
@@ -18,6 +20,7 @@ import (
 )
 
 func statusCommand(e *env) *cobra.Command {
+	var watch bool
 	c := &cobra.Command{
 		Use:   "status",
 		Short: "How the agent, its hardware, its peers and its keys are (admin socket)",
@@ -28,18 +31,61 @@ func statusCommand(e *env) *cobra.Command {
 				return err
 			}
 			defer client.Close()
-			s, err := client.Status(c.Context())
+			show := func() ([]byte, error) {
+				s, err := client.Status(c.Context())
+				if err != nil {
+					return nil, err
+				}
+				var b bytes.Buffer
+				if e.json {
+					err = printJSON(&b, s)
+				} else {
+					err = printStatus(&b, s)
+				}
+				return b.Bytes(), err
+			}
+			if watch {
+				return watchStatus(c.Context(), e.out, show)
+			}
+			b, err := show()
 			if err != nil {
 				return err
 			}
-			if e.json {
-				return printJSON(e.out, s)
-			}
-			return printStatus(e.out, s)
+			_, err = e.out.Write(b)
+			return err
 		},
 	}
+	c.Flags().BoolVarP(&watch, "watch", "w", false, "show it again whenever it changes, until interrupted")
 	e.socketFlag(c, "CONSEAL_ADMIN_SOCKET", api.AdminSocket)
 	return c
+}
+
+// watchEvery is how often a watched status is asked for.
+const watchEvery = 300 * time.Millisecond
+
+// watchStatus shows the status whenever it changes, until ctx ends.
+func watchStatus(ctx context.Context, w io.Writer, show func() ([]byte, error)) error {
+	var last []byte
+	for {
+		b, err := show()
+		if err != nil {
+			return err
+		}
+		if !bytes.Equal(b, last) {
+			if last != nil {
+				b = append([]byte("\n"), b...)
+			}
+			if _, err := w.Write(b); err != nil {
+				return err
+			}
+			last = bytes.TrimPrefix(b, []byte("\n"))
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(watchEvery):
+		}
+	}
 }
 
 func printStatus(w io.Writer, s *apipb.StatusResponse) error {

@@ -57,6 +57,22 @@ var (
 
 var curves = []*Curve{P256, Secp256k1}
 
+// ParseSPKI reads what [Curve.SPKI] wrote.
+func ParseSPKI(der []byte) (*Curve, [guard.PointSize]byte, error) {
+	var public [guard.PointSize]byte
+	for _, c := range curves {
+		if len(der) < 64 {
+			break
+		}
+		public[0] = 2 | der[len(der)-1]&1
+		copy(public[1:], der[len(der)-64:])
+		if again, err := c.SPKI(public); err == nil && bytes.Equal(again, der) {
+			return c, public, nil
+		}
+	}
+	return nil, public, errors.New("not a public key on P-256 or secp256k1")
+}
+
 // SPKI is a compressed public key as a SubjectPublicKeyInfo (RFC 5480), DER.
 func (c *Curve) SPKI(public [guard.PointSize]byte) ([]byte, error) {
 	full, err := c.uncompressed(public[:])

@@ -28,9 +28,12 @@ type SignRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Name of the key in the roster.
 	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
-	// The whole message, not a digest. 1 byte to the host's limit (1 MiB unless
+	// The whole message. 1 byte to the host's limit (1 MiB unless
 	// configured otherwise).
-	Message       []byte `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
+	Message []byte `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
+	// In place of the message, its SHA-256, 32 bytes: only for ECDSA keys whose entry
+	// in the roster says `prehashed = true`.
+	Digest        []byte `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -79,16 +82,28 @@ func (x *SignRequest) GetMessage() []byte {
 	return nil
 }
 
+func (x *SignRequest) GetDigest() []byte {
+	if x != nil {
+		return x.Digest
+	}
+	return nil
+}
+
 type SignResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// ed25519: 64 bytes, R || S (RFC 8032).
+	// ed25519: 64 bytes, R || S (RFC 8032). ecdsa-*: DER (RFC 3279); on secp256k1 with
+	// s in the lower half. bip340: 64 bytes.
 	Signature []byte `protobuf:"bytes,1,opt,name=signature,proto3" json:"signature,omitempty"`
 	// As in Key.
 	PublicKey []byte `protobuf:"bytes,2,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`
 	// The hosts that signed, sorted.
 	Signers []string `protobuf:"bytes,3,rep,name=signers,proto3" json:"signers,omitempty"`
 	// Names this signature in the audit logs of all its hosts: 16 hexadecimal digits.
-	Session       string `protobuf:"bytes,4,opt,name=session,proto3" json:"session,omitempty"`
+	Session string `protobuf:"bytes,4,opt,name=session,proto3" json:"session,omitempty"`
+	// ecdsa-*: the same signature as r || s, 64 bytes.
+	Fixed []byte `protobuf:"bytes,5,opt,name=fixed,proto3" json:"fixed,omitempty"`
+	// ecdsa-*: which of the public keys that r and s allow it is, 0 to 3.
+	RecoveryId    uint32 `protobuf:"varint,6,opt,name=recovery_id,json=recoveryId,proto3" json:"recovery_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -149,6 +164,20 @@ func (x *SignResponse) GetSession() string {
 		return x.Session
 	}
 	return ""
+}
+
+func (x *SignResponse) GetFixed() []byte {
+	if x != nil {
+		return x.Fixed
+	}
+	return nil
+}
+
+func (x *SignResponse) GetRecoveryId() uint32 {
+	if x != nil {
+		return x.RecoveryId
+	}
+	return 0
 }
 
 type GetKeyRequest struct {
@@ -291,7 +320,7 @@ type Key struct {
 	Condition string `protobuf:"bytes,7,opt,name=condition,proto3" json:"condition,omitempty"`
 	// What the condition comes from, and what to do about it. Empty when ready.
 	Detail string `protobuf:"bytes,8,opt,name=detail,proto3" json:"detail,omitempty"`
-	// DER SubjectPublicKeyInfo. Empty until every host has signed for its share.
+	// DER SubjectPublicKeyInfo; for bip340 of the point with even y. Empty until every host has signed for its share.
 	PublicKey []byte `protobuf:"bytes,9,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`
 	// Epoch of the shares: version of the roster and attempt.
 	EpochRoster  uint64 `protobuf:"varint,10,opt,name=epoch_roster,json=epochRoster,proto3" json:"epoch_roster,omitempty"`
@@ -745,16 +774,20 @@ var File_agent_api_conseal_proto protoreflect.FileDescriptor
 const file_agent_api_conseal_proto_rawDesc = "" +
 	"\n" +
 	"\x17agent/api/conseal.proto\x12\n" +
-	"conseal.v1\"9\n" +
+	"conseal.v1\"Q\n" +
 	"\vSignRequest\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x18\n" +
-	"\amessage\x18\x02 \x01(\fR\amessage\"\x7f\n" +
+	"\amessage\x18\x02 \x01(\fR\amessage\x12\x16\n" +
+	"\x06digest\x18\x03 \x01(\fR\x06digest\"\xb6\x01\n" +
 	"\fSignResponse\x12\x1c\n" +
 	"\tsignature\x18\x01 \x01(\fR\tsignature\x12\x1d\n" +
 	"\n" +
 	"public_key\x18\x02 \x01(\fR\tpublicKey\x12\x18\n" +
 	"\asigners\x18\x03 \x03(\tR\asigners\x12\x18\n" +
-	"\asession\x18\x04 \x01(\tR\asession\"!\n" +
+	"\asession\x18\x04 \x01(\tR\asession\x12\x14\n" +
+	"\x05fixed\x18\x05 \x01(\fR\x05fixed\x12\x1f\n" +
+	"\vrecovery_id\x18\x06 \x01(\rR\n" +
+	"recoveryId\"!\n" +
 	"\rGetKeyRequest\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\"\x11\n" +
 	"\x0fListKeysRequest\"7\n" +

@@ -1,0 +1,69 @@
+package agent
+
+import (
+	"conseal/internal/secret"
+	"conseal/protocol"
+	"conseal/protocol/cmp"
+	"conseal/protocol/taproot"
+)
+
+// bip340Scheme is BIP-340 by FROST.
+type bip340Scheme struct{}
+
+func (bip340Scheme) keygen(id protocol.SessionID, self protocol.HostID, holders []protocol.HostID, quorum int) (generation, error) {
+	k, err := taproot.NewKeygen(taproot.KeygenConfig{Session: id, Self: self, Holders: holders, Quorum: quorum})
+	return bip340Keygen{k}, err
+}
+
+func (bip340Scheme) traits() traits { return traits{mesh: true, attempts: 4} }
+
+// inspect gives the SubjectPublicKeyInfo of the point with even y.
+func (bip340Scheme) inspect(public []byte) (output, error) {
+	g, err := taproot.DecodeGroup(public)
+	if err != nil {
+		return output{}, err
+	}
+	spki, err := cmp.Secp256k1.SPKI(g.PublicKey)
+	x := g.XOnly()
+	return output{spki: spki, pin: x[:], quorum: g.Quorum, holders: g.Holders}, err
+}
+
+func (bip340Scheme) load(self protocol.HostID, public, share []byte) (shareholder, error) {
+	g, err := taproot.DecodeGroup(public)
+	if err != nil {
+		return nil, err
+	}
+	s, err := taproot.LoadShare(g, self, share)
+	if err != nil {
+		return nil, err
+	}
+	return bip340Share{s}, nil
+}
+
+type bip340Keygen struct{ *taproot.Keygen }
+
+func (k bip340Keygen) result() (public []byte, share *secret.Bytes, err error) {
+	s, err := k.Result()
+	if err != nil {
+		return nil, nil, err
+	}
+	defer s.Wipe()
+	share, err = s.Secret()
+	return s.Group.Encode(), share, err
+}
+
+type bip340Share struct{ share *taproot.Share }
+
+func (s bip340Share) close() { s.share.Wipe() }
+
+func (s bip340Share) sign(in signing) (signature, error) {
+	session, err := taproot.NewSign(taproot.SignConfig{Session: in.id, Share: s.share, Signers: in.signers, Message: in.message})
+	return bip340Sign{session}, err
+}
+
+type bip340Sign struct{ *taproot.Sign }
+
+func (s bip340Sign) result() (signed, error) {
+	sig, err := s.Signature()
+	return signed{signature: sig[:]}, err
+}

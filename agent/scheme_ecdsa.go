@@ -1,0 +1,82 @@
+package agent
+
+import (
+	"errors"
+
+	"conseal/internal/secret"
+	"conseal/protocol"
+	"conseal/protocol/cmp"
+)
+
+// ecdsaScheme is ECDSA by CGGMP on one curve.
+type ecdsaScheme struct{ curve *cmp.Curve }
+
+func (s ecdsaScheme) keygen(id protocol.SessionID, self protocol.HostID, holders []protocol.HostID, quorum int) (generation, error) {
+	k, err := cmp.NewKeygen(cmp.KeygenConfig{Session: id, Self: self, Holders: holders, Quorum: quorum, Curve: s.curve})
+	return ecdsaKeygen{k}, err
+}
+
+var errCurve = errors.New("the key is on another curve than its scheme says")
+
+func (ecdsaScheme) traits() traits { return traits{mesh: true, attempts: 2, digest: true} }
+
+func (s ecdsaScheme) group(public []byte) (*cmp.Group, error) {
+	g, err := cmp.DecodeGroup(public)
+	if err == nil && g.Curve != s.curve {
+		err = errCurve
+	}
+	return g, err
+}
+
+func (s ecdsaScheme) inspect(public []byte) (output, error) {
+	g, err := s.group(public)
+	if err != nil {
+		return output{}, err
+	}
+	spki, err := g.Curve.SPKI(g.PublicKey)
+	return output{spki: spki, pin: g.PublicKey[:], quorum: g.Quorum, holders: g.Holders}, err
+}
+
+func (s ecdsaScheme) load(self protocol.HostID, public, share []byte) (shareholder, error) {
+	g, err := s.group(public)
+	if err != nil {
+		return nil, err
+	}
+	loaded, err := cmp.LoadShare(g, self, share)
+	if err != nil {
+		return nil, err
+	}
+	return ecdsaShare{loaded}, nil
+}
+
+type ecdsaKeygen struct{ *cmp.Keygen }
+
+func (k ecdsaKeygen) result() (public []byte, share *secret.Bytes, err error) {
+	s, err := k.Result()
+	if err != nil {
+		return nil, nil, err
+	}
+	defer s.Wipe()
+	share, err = s.Secret()
+	return s.Group.Encode(), share, err
+}
+
+type ecdsaShare struct{ share *cmp.Share }
+
+func (s ecdsaShare) close() { s.share.Wipe() }
+
+func (s ecdsaShare) sign(in signing) (signature, error) {
+	session, err := cmp.NewSign(cmp.SignConfig{Session: in.id, Share: s.share, Signers: in.signers, Digest: in.digest})
+	return ecdsaSign{session}, err
+}
+
+type ecdsaSign struct{ *cmp.Sign }
+
+func (s ecdsaSign) result() (signed, error) {
+	sig, err := s.Signature()
+	if err != nil {
+		return signed{}, err
+	}
+	der, err := sig.DER()
+	return signed{signature: der, fixed: sig.Fixed(), recovery: uint32(sig.RecoveryID)}, err
+}
