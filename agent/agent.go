@@ -56,9 +56,12 @@ type Agent struct {
 	ledger   *ledger
 	sessions *sessions
 	callers  *callerLimits
-	wake     chan struct{} // tells reconcile to look
-	tasks    sync.WaitGroup
-	ctx      context.Context // ends with Run; for work that peers' frames start
+	calm     calm
+	// presigning is held by the one presigning under way, led or joined.
+	presigning sync.Mutex
+	wake       chan struct{} // tells reconcile to look
+	tasks      sync.WaitGroup
+	ctx        context.Context // ends with Run; for work that peers' frames start
 
 	vault      atomic.Pointer[vault.Vault] // nil until the hardware opens it
 	vaultError atomic.Pointer[string]
@@ -180,6 +183,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	run("sockets", sockets.serve)
 	run("peers", a.net.Run)
+	run("presignatures", func(ctx context.Context) error { a.keepStock(ctx); return nil })
 	run("reconcile", func(ctx context.Context) error { a.reconcile(ctx); return nil })
 	a.log.Info("running", "host", a.self, "fleet", a.roster.Fleet, "roster", a.roster.Version, "protector", a.protector.Name(),
 		"peers", a.config.Listen.Address, "sign", a.config.Listen.SignSocket, "admin", a.config.Listen.AdminSocket)
@@ -247,8 +251,12 @@ func (n network) Down(host protocol.HostID, cause error) {
 	delete(a.peers, host)
 	a.peersMu.Unlock()
 	for _, k := range a.sorted {
-		if k.holds(host) {
-			k.lost(host)
+		if !k.holds(host) {
+			continue
+		}
+		k.lost(host)
+		if act := k.active.Load(); act != nil {
+			act.stock.drop(host)
 		}
 	}
 	a.sessions.gone(host, cause)
@@ -362,7 +370,9 @@ func (a *Agent) join(from protocol.HostID, k *key, b *protocol.Binding, open *pe
 	switch {
 	case k == nil:
 		return &partyError{a.self, reasonDiffers, fmt.Sprintf("its roster gives it no key %q", b.Key)}
-	case b.Operation == opSign, b.Operation == opSignDigest:
+	case b.Operation == opPresign:
+		return a.joinPresign(a.ctx, from, k, b, box)
+	case signs(b.Operation):
 		return a.joinSign(a.ctx, from, k, b, open.Message, box)
 	case b.Operation == "keygen":
 		return a.joinKeygen(a.ctx, from, k, b, open.Staged, box)

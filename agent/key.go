@@ -28,6 +28,8 @@ type key struct {
 	// while another generation is agreed on.
 	birth sync.Mutex
 
+	presignAfter time.Time // when stock is made again after a failure; owned by keepStock
+
 	active atomic.Pointer[active] // nil until this host has certificate and share
 
 	mu         sync.Mutex // guards what follows
@@ -46,7 +48,14 @@ type active struct {
 	certificate *epoch.Certificate
 	id          [32]byte // of the certificate
 	output      output
+	stock       *stock
 	shareholder
+}
+
+// close ends the epoch here: nothing of it signs any more.
+func (act *active) close() {
+	act.stock.close()
+	act.shareholder.close()
 }
 
 // condition is what this host makes of a key; see apipb.Key.
@@ -165,7 +174,7 @@ func (k *key) activate(self protocol.HostID, c *epoch.Certificate, v *vault.Vaul
 		return fmt.Errorf("key %q: its certificate is for quorum %d of %q, the roster says %d of %q",
 			k.id.Name, out.quorum, out.holders, k.entry.Quorum, k.holders)
 	}
-	act := &active{certificate: c, id: c.Subject.ID(), output: out}
+	act := &active{certificate: c, id: c.Subject.ID(), output: out, stock: newStock()}
 	err = v.Lend(k.id, c.Subject.Number, func(share []byte) error {
 		act.shareholder, err = k.scheme.load(self, c.Public, share)
 		return err

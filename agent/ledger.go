@@ -34,6 +34,8 @@ type entry struct {
 	Caller  *caller  `json:"caller,omitempty"` // only at the asking host
 	SHA256  string   `json:"sha256"`           // of the message
 	Size    int      `json:"size"`
+	// Presignature is the id of the one that is used up, if any.
+	Presignature string `json:"presignature,omitempty"`
 }
 
 // errLedger is returned for entries that did not reach the disk.

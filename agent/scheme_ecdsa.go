@@ -80,3 +80,24 @@ func (s ecdsaSign) result() (signed, error) {
 	der, err := sig.DER()
 	return signed{signature: der, fixed: sig.Fixed(), recovery: uint32(sig.RecoveryID)}, err
 }
+
+func (s ecdsaShare) presign(in signing) (presigning, error) {
+	session, err := cmp.NewPresign(cmp.SignConfig{Session: in.id, Share: s.share, Signers: in.signers})
+	return ecdsaPresign{session}, err
+}
+
+type ecdsaPresign struct{ *cmp.Presign }
+
+func (s ecdsaPresign) result() (presignature, error) {
+	p, err := s.Result()
+	return ecdsaPresignature{p}, err
+}
+
+type ecdsaPresignature struct{ *cmp.Presignature }
+
+func (p ecdsaPresignature) discard() { p.Discard() }
+
+func (p ecdsaPresignature) sign(id protocol.SessionID, digest [32]byte) (signature, error) {
+	session, err := cmp.NewOnline(id, p.Presignature, digest)
+	return ecdsaSign{session}, err
+}

@@ -374,7 +374,9 @@ func (s adminAPI) Status(context.Context, *apipb.StatusRequest) (*apipb.StatusRe
 		})
 	}
 	for _, k := range a.sorted {
-		out.Keys = append(out.Keys, k.describe(a.self))
+		d := k.describe(a.self)
+		d.Presignatures = a.presignatures(k)
+		out.Keys = append(out.Keys, d)
 	}
 	return out, nil
 }

@@ -22,6 +22,8 @@ const (
 	reasonAborted   = "ABORTED"   // a protocol message was wrong, or time ran out
 	reasonNoLedger  = "NO_LEDGER" // the host's audit log cannot be written
 	reasonSuspended = "SUSPENDED"
+	// the host does not have the presignature, so the next attempt goes without
+	reasonNoPresignature = "NO_PRESIGNATURE"
 )
 
 // partyError is an error for which a party of a session stands, or that it

@@ -16,6 +16,7 @@ import (
 
 	"conseal/agent/api/apipb"
 	"conseal/agent/peer/peerpb"
+	"conseal/internal/failpoint"
 	"conseal/protocol"
 )
 
@@ -35,11 +36,27 @@ type request struct {
 const (
 	opSign       = "sign"        // a message, which each signer hashes itself
 	opSignDigest = "sign-digest" // what the caller says is a message's digest
+	// The same with a presignature; the session's nonce is the presignature's id.
+	opOnline       = "sign-online"
+	opOnlineDigest = "sign-digest-online"
 )
 
-func (r *request) operation() string {
-	if len(r.message) == 0 {
+func signs(operation string) bool {
+	return operation == opSign || operation == opSignDigest || online(operation)
+}
+func online(operation string) bool { return operation == opOnline || operation == opOnlineDigest }
+func onDigest(operation string) bool {
+	return operation == opSignDigest || operation == opOnlineDigest
+}
+
+func (r *request) operation(with *presigned) string {
+	switch digest := len(r.message) == 0; {
+	case digest && with != nil:
+		return opOnlineDigest
+	case digest:
 		return opSignDigest
+	case with != nil:
+		return opOnline
 	}
 	return opSign
 }
@@ -57,16 +74,22 @@ func (a *Agent) sign(ctx context.Context, r *request) (*apipb.SignResponse, erro
 	var failures []error
 	excluded := map[protocol.HostID]bool{}
 	for {
-		signers := a.pick(r.k, r.act, excluded)
-		if signers == nil {
+		var signers []protocol.HostID
+		with := a.takePresigned(r, excluded)
+		if with != nil {
+			signers = with.signers
+		} else if signers = a.pick(r.k, r.act, excluded); signers == nil {
 			return nil, a.noQuorum(r.k, failures)
 		}
-		session, sig, err := a.attempt(ctx, r, signers)
+		session, sig, err := a.attempt(ctx, r, signers, with)
 		if err == nil {
 			return &apipb.SignResponse{
 				Signature: sig.signature, Fixed: sig.fixed, RecoveryId: sig.recovery,
 				PublicKey: r.act.output.spki, Signers: names(signers), Session: session.String(),
 			}, nil
+		}
+		if lacksPresignature(err) && ctx.Err() == nil {
+			continue // there are fewer now
 		}
 		failures = append(failures, err)
 		a.log.Warn("signing session failed", "key", r.k.id.Name, "session", session.String(), "signers", signers, "error", err)
@@ -77,6 +100,23 @@ func (a *Agent) sign(ctx context.Context, r *request) (*apipb.SignResponse, erro
 			return nil, a.signFailed(ctx, r.k, failures)
 		}
 	}
+}
+
+// takePresigned takes a presignature out of the stock, if there is one with live
+// signers and the request may use it.
+func (a *Agent) takePresigned(r *request, excluded map[protocol.HostID]bool) *presigned {
+	if len(r.message) == 0 && !r.k.entry.PrehashedPresignatures {
+		return nil
+	}
+	live := r.k.live(a.self)
+	return r.act.stock.any(a.self, func(h protocol.HostID) bool { return slices.Contains(live, h) && !excluded[h] })
+}
+
+// lacksPresignature tells whether an attempt failed only because a host does not have
+// the presignature.
+func lacksPresignature(err error) bool {
+	var party *partyError
+	return errors.As(err, &party) && party.reason == reasonNoPresignature
 }
 
 // blame leaves the hosts that a failed session was due to out of this request's
@@ -142,13 +182,20 @@ func (a *Agent) pick(k *key, act *active, excluded map[protocol.HostID]bool) []p
 	return signers
 }
 
-// attempt runs one session with fresh nonces.
-func (a *Agent) attempt(ctx context.Context, r *request, signers []protocol.HostID) (protocol.SessionID, signed, error) {
+// attempt runs one session, with fresh nonces or with a presignature that was taken
+// out of the stock. The presignature is gone afterwards, whatever happens.
+func (a *Agent) attempt(ctx context.Context, r *request, signers []protocol.HostID, with *presigned) (protocol.SessionID, signed, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, a.attemptTime(r.k), errors.New("the attempt took too long"))
 	defer cancel()
+	defer a.calm.enter()()
 	var nonce [32]byte
 	rand.Read(nonce[:])
-	b := a.signBinding(r.operation(), r.k, r.act, signers, r.digest, nonce)
+	if with != nil {
+		defer with.discard()
+		nonce = with.id
+		failpoint.Hit("sign/presignature-taken")
+	}
+	b := a.signBinding(r.operation(with), r.k, r.act, signers, r.digest, nonce)
 	id := b.ID()
 	box, err := a.sessions.open(id, a.self, signers)
 	if err != nil {
@@ -158,6 +205,7 @@ func (a *Agent) attempt(ctx context.Context, r *request, signers []protocol.Host
 	logged := a.ledger.Append(entry{
 		Event: "ask", Key: r.k.id.Name, Epoch: r.act.certificate.Subject.Number.String(), Session: id.String(),
 		Asker: string(a.self), Signers: names(signers), Caller: &r.caller, SHA256: hex.EncodeToString(r.digest[:]), Size: len(r.message),
+		Presignature: with.name(),
 	})
 	open := &peerpb.Frame{Body: &peerpb.Frame_Open{Open: &peerpb.Open{Binding: wireBinding(&b), Message: r.message}}}
 	for _, h := range box.parties {
@@ -171,7 +219,7 @@ func (a *Agent) attempt(ctx context.Context, r *request, signers []protocol.Host
 		hangUp(box, a.net.Send, err)
 		return id, signed{}, err
 	}
-	session, err := r.act.sign(signing{id: id, self: a.self, coordinator: a.self, signers: signers, message: r.message, digest: r.digest})
+	session, err := r.act.begin(signing{id: id, self: a.self, coordinator: a.self, signers: signers, message: r.message, digest: r.digest}, with)
 	if err != nil {
 		hangUp(box, a.net.Send, err)
 		return id, signed{}, err
@@ -182,6 +230,14 @@ func (a *Agent) attempt(ctx context.Context, r *request, signers []protocol.Host
 	}
 	sig, err := session.result()
 	return id, sig, errors.Join(err, logged(ctx))
+}
+
+// begin makes the session of a signature.
+func (act *active) begin(in signing, with *presigned) (signature, error) {
+	if with != nil {
+		return with.sign(in.id, in.digest)
+	}
+	return act.sign(in)
 }
 
 // letGo waits until every signer has joined, and lets them begin, where signers send
@@ -236,16 +292,29 @@ func (a *Agent) signBinding(operation string, k *key, act *active, signers []pro
 // this host's own roster and limits allow it.
 func (a *Agent) joinSign(ctx context.Context, from protocol.HostID, k *key, b *protocol.Binding, message []byte, box *inbox) error {
 	act := k.active.Load()
+	var with *presigned
+	if act != nil && online(b.Operation) {
+		// First of all it leaves the stock: it is gone if anything here refuses.
+		if with = act.stock.take(b.Nonce, from); with != nil {
+			defer with.discard()
+			failpoint.Hit("sign/presignature-taken")
+		}
+	}
 	if err := a.maySign(from, k, act, b, message); err != nil {
 		return err
 	}
+	if online(b.Operation) && (with == nil || !slices.Equal(with.signers, b.Parties)) {
+		return &partyError{a.self, reasonNoPresignature, "it does not have this presignature"}
+	}
+	defer a.calm.enter()()
 	ctx, cancel := context.WithTimeoutCause(ctx, a.attemptTime(k), errors.New("the asking host took too long"))
 	defer cancel()
 	logged := a.ledger.Append(entry{
 		Event: "sign", Key: k.id.Name, Epoch: act.certificate.Subject.Number.String(), Session: box.id.String(),
 		Asker: string(from), Signers: names(b.Parties), SHA256: hex.EncodeToString(b.Request[:]), Size: len(message),
+		Presignature: with.name(),
 	})
-	session, err := act.sign(signing{id: box.id, self: a.self, coordinator: from, signers: b.Parties, message: message, digest: b.Request})
+	session, err := act.begin(signing{id: box.id, self: a.self, coordinator: from, signers: b.Parties, message: message, digest: b.Request}, with)
 	if err != nil {
 		return err
 	}
@@ -259,9 +328,31 @@ func (a *Agent) joinSign(ctx context.Context, from protocol.HostID, k *key, b *p
 
 // maySign is where a host decides by itself whether its share is used.
 func (a *Agent) maySign(from protocol.HostID, k *key, act *active, b *protocol.Binding, message []byte) error {
-	refuse := func(reason, format string, args ...any) error {
-		return &partyError{a.self, reason, fmt.Sprintf(format, args...)}
+	if err := a.mayTakePart(from, k, act, b); err != nil {
+		return err
 	}
+	refuse := a.refuse
+	switch {
+	case onDigest(b.Operation) && (len(message) > 0 || !k.entry.Prehashed || !k.scheme.traits().digest):
+		return refuse(reasonRefused, "its roster does not let this key sign digests")
+	case b.Operation == opOnlineDigest && !k.entry.PrehashedPresignatures:
+		return refuse(reasonRefused, "its roster does not let this key sign digests with presignatures")
+	case onDigest(b.Operation):
+	case len(message) == 0 || len(message) > a.config.Limits.Message:
+		return refuse(reasonRefused, "a message of %d bytes is outside its limits of 1 to %d", len(message), a.config.Limits.Message)
+	case sha256.Sum256(message) != b.Request:
+		return refuse(reasonDiffers, "the message is another than the session is about")
+	}
+	return nil
+}
+
+func (a *Agent) refuse(reason, format string, args ...any) error {
+	return &partyError{a.self, reason, fmt.Sprintf(format, args...)}
+}
+
+// mayTakePart checks what holds for presigning as for signing.
+func (a *Agent) mayTakePart(from protocol.HostID, k *key, act *active, b *protocol.Binding) error {
+	refuse := a.refuse
 	switch {
 	case k.entry.State == "suspended":
 		return refuse(reasonSuspended, "the key is suspended by its roster")
@@ -271,13 +362,6 @@ func (a *Agent) maySign(from protocol.HostID, k *key, act *active, b *protocol.B
 		return refuse(reasonNotReady, "it has no share of the key ready")
 	case !k.asks(from):
 		return refuse(reasonRefused, "its roster does not let host %q ask for this key", from)
-	case b.Operation == opSignDigest && (len(message) > 0 || !k.entry.Prehashed || !k.scheme.traits().digest):
-		return refuse(reasonRefused, "its roster does not let this key sign digests")
-	case b.Operation == opSignDigest:
-	case len(message) == 0 || len(message) > a.config.Limits.Message:
-		return refuse(reasonRefused, "a message of %d bytes is outside its limits of 1 to %d", len(message), a.config.Limits.Message)
-	case sha256.Sum256(message) != b.Request:
-		return refuse(reasonDiffers, "the message is another than the session is about")
 	}
 	if err := protocol.CheckParties(a.self, b.Parties); err != nil {
 		return refuse(reasonDiffers, "%v", err)

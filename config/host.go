@@ -129,6 +129,10 @@ type Limits struct {
 	// CallerRate is how many requests a second are taken from one local user, 1
 	// to 1000000. Default: 1000.
 	CallerRate int `toml:"caller_rate"`
+	// Presignatures is how many ECDSA signatures are prepared while the machine
+	// is idle, for each key and each quorum that this host may ask, 0 to 64.
+	// Default: 4.
+	Presignatures int `toml:"presignatures"`
 }
 
 // Log says what the agent writes to standard error. No level shows secrets.
@@ -168,6 +172,7 @@ func Default() *Host {
 			SessionsPerPeer: 64,
 			PeerRate:        5000,
 			CallerRate:      1000,
+			Presignatures:   4,
 		},
 		Log: Log{Level: "info", Format: "text"},
 	}

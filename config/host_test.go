@@ -77,7 +77,7 @@ func TestLoadEveryKey(t *testing.T) {
 			TPM:  config.TPM{Device: "tcp:localhost:2321", PCRs: []int{7}, NVRoot: 0x01800601, SRKHandle: 0x81000002, Timeout: time.Second},
 			HSM:  config.HSM{URI: "pkcs11:token=a%20b?module-path=/m", PIN: "file:" + pin, Modules: []string{"/l", "/m"}, MaxSessions: 2},
 		},
-		Limits: config.Limits{Message: 1, SignDeadline: time.Second, KeygenDeadline: time.Hour, SessionsPerPeer: 2, PeerRate: 3, CallerRate: 4},
+		Limits: config.Limits{Message: 1, SignDeadline: time.Second, KeygenDeadline: time.Hour, SessionsPerPeer: 2, PeerRate: 3, CallerRate: 4, Presignatures: 5},
 		Log:    config.Log{Level: "debug", Format: "json"},
 	}
 	if diff := cmp.Diff(got, want, ignoreOrigins); diff != "" {
@@ -111,6 +111,7 @@ keygen_deadline = "1h"
 sessions_per_peer = 2
 peer_rate = 3
 caller_rate = 4
+presignatures = 5
 [log]
 level = "debug"
 format = "json"
@@ -129,7 +130,8 @@ func TestEnvironment(t *testing.T) {
 		"CONSEAL_PROTECTOR_HSM_MODULES": "/x", "CONSEAL_PROTECTOR_HSM_MAX_SESSIONS": "3",
 		"CONSEAL_LIMITS_MESSAGE": "10", "CONSEAL_LIMITS_SIGN_DEADLINE": "3s", "CONSEAL_LIMITS_KEYGEN_DEADLINE": "4s",
 		"CONSEAL_LIMITS_SESSIONS_PER_PEER": "5", "CONSEAL_LIMITS_PEER_RATE": "6", "CONSEAL_LIMITS_CALLER_RATE": "7",
-		"CONSEAL_LOG_LEVEL": "error", "CONSEAL_LOG_FORMAT": "json",
+		"CONSEAL_LIMITS_PRESIGNATURES": "4",
+		"CONSEAL_LOG_LEVEL":            "error", "CONSEAL_LOG_FORMAT": "json",
 	}
 	for name, value := range variables {
 		t.Setenv(name, value)
@@ -146,7 +148,7 @@ func TestEnvironment(t *testing.T) {
 			TPM:  config.TPM{Device: "unix:/t", PCRs: []int{0, 7}, NVRoot: 0x01800700, SRKHandle: 0x81000005, Timeout: 2 * time.Second},
 			HSM:  config.HSM{URI: "pkcs11:serial=1?module-path=/x&pin-source=file:" + pin, Modules: []string{"/x"}, MaxSessions: 3},
 		},
-		Limits: config.Limits{Message: 10, SignDeadline: 3 * time.Second, KeygenDeadline: 4 * time.Second, SessionsPerPeer: 5, PeerRate: 6, CallerRate: 7},
+		Limits: config.Limits{Message: 10, SignDeadline: 3 * time.Second, KeygenDeadline: 4 * time.Second, SessionsPerPeer: 5, PeerRate: 6, CallerRate: 7, Presignatures: 4},
 		Log:    config.Log{Level: "error", Format: "json"},
 	}
 	if diff := cmp.Diff(got, want, ignoreOrigins); diff != "" {

@@ -108,6 +108,16 @@ func printStatus(w io.Writer, s *apipb.StatusResponse) error {
 	}
 	fmt.Fprintln(t)
 	printKeys(t, s.Keys)
+	printed := false
+	for _, k := range s.Keys {
+		for _, p := range k.Presignatures {
+			if !printed {
+				fmt.Fprintf(t, "\nPRESIGNATURES\tSIGNERS\tREADY\n")
+				printed = true
+			}
+			fmt.Fprintf(t, "%s\t%s\t%d of %d\n", k.Name, strings.Join(p.Signers, ","), p.Ready, p.Wanted)
+		}
+	}
 	return t.Flush()
 }
 

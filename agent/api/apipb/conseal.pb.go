@@ -329,7 +329,9 @@ type Key struct {
 	Certificate []byte `protobuf:"bytes,12,opt,name=certificate,proto3" json:"certificate,omitempty"`
 	Incarnation uint64 `protobuf:"varint,13,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
 	// Hosts of the key that are connected, this one included.
-	Live          []string `protobuf:"bytes,14,rep,name=live,proto3" json:"live,omitempty"`
+	Live []string `protobuf:"bytes,14,rep,name=live,proto3" json:"live,omitempty"`
+	// Only in StatusResponse: the signatures that this host has prepared.
+	Presignatures []*Presignatures `protobuf:"bytes,15,rep,name=presignatures,proto3" json:"presignatures,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -462,6 +464,75 @@ func (x *Key) GetLive() []string {
 	return nil
 }
 
+func (x *Key) GetPresignatures() []*Presignatures {
+	if x != nil {
+		return x.Presignatures
+	}
+	return nil
+}
+
+// Presignatures are signatures prepared with one set of signers.
+type Presignatures struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Signers []string               `protobuf:"bytes,1,rep,name=signers,proto3" json:"signers,omitempty"`
+	Ready   uint32                 `protobuf:"varint,2,opt,name=ready,proto3" json:"ready,omitempty"`
+	// How many the host keeps while it is idle.
+	Wanted        uint32 `protobuf:"varint,3,opt,name=wanted,proto3" json:"wanted,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Presignatures) Reset() {
+	*x = Presignatures{}
+	mi := &file_agent_api_conseal_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Presignatures) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Presignatures) ProtoMessage() {}
+
+func (x *Presignatures) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Presignatures.ProtoReflect.Descriptor instead.
+func (*Presignatures) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Presignatures) GetSigners() []string {
+	if x != nil {
+		return x.Signers
+	}
+	return nil
+}
+
+func (x *Presignatures) GetReady() uint32 {
+	if x != nil {
+		return x.Ready
+	}
+	return 0
+}
+
+func (x *Presignatures) GetWanted() uint32 {
+	if x != nil {
+		return x.Wanted
+	}
+	return 0
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -470,7 +541,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_agent_api_conseal_proto_msgTypes[6]
+	mi := &file_agent_api_conseal_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -482,7 +553,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[6]
+	mi := &file_agent_api_conseal_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -495,7 +566,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{6}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{7}
 }
 
 type StatusResponse struct {
@@ -522,7 +593,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_agent_api_conseal_proto_msgTypes[7]
+	mi := &file_agent_api_conseal_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -534,7 +605,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[7]
+	mi := &file_agent_api_conseal_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -547,7 +618,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{7}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *StatusResponse) GetFleet() string {
@@ -643,7 +714,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_agent_api_conseal_proto_msgTypes[8]
+	mi := &file_agent_api_conseal_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -655,7 +726,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[8]
+	mi := &file_agent_api_conseal_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -668,7 +739,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{8}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Peer) GetName() string {
@@ -727,7 +798,7 @@ type ErrorInfo struct {
 
 func (x *ErrorInfo) Reset() {
 	*x = ErrorInfo{}
-	mi := &file_agent_api_conseal_proto_msgTypes[9]
+	mi := &file_agent_api_conseal_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -739,7 +810,7 @@ func (x *ErrorInfo) String() string {
 func (*ErrorInfo) ProtoMessage() {}
 
 func (x *ErrorInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[9]
+	mi := &file_agent_api_conseal_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -752,7 +823,7 @@ func (x *ErrorInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ErrorInfo.ProtoReflect.Descriptor instead.
 func (*ErrorInfo) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{9}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ErrorInfo) GetReason() string {
@@ -792,7 +863,7 @@ const file_agent_api_conseal_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\"\x11\n" +
 	"\x0fListKeysRequest\"7\n" +
 	"\x10ListKeysResponse\x12#\n" +
-	"\x04keys\x18\x01 \x03(\v2\x0f.conseal.v1.KeyR\x04keys\"\x84\x03\n" +
+	"\x04keys\x18\x01 \x03(\v2\x0f.conseal.v1.KeyR\x04keys\"\xc5\x03\n" +
 	"\x03Key\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06scheme\x18\x02 \x01(\tR\x06scheme\x12\x16\n" +
@@ -809,7 +880,12 @@ const file_agent_api_conseal_proto_rawDesc = "" +
 	"\repoch_attempt\x18\v \x01(\x04R\fepochAttempt\x12 \n" +
 	"\vcertificate\x18\f \x01(\fR\vcertificate\x12 \n" +
 	"\vincarnation\x18\r \x01(\x04R\vincarnation\x12\x12\n" +
-	"\x04live\x18\x0e \x03(\tR\x04live\"\x0f\n" +
+	"\x04live\x18\x0e \x03(\tR\x04live\x12?\n" +
+	"\rpresignatures\x18\x0f \x03(\v2\x19.conseal.v1.PresignaturesR\rpresignatures\"W\n" +
+	"\rPresignatures\x12\x18\n" +
+	"\asigners\x18\x01 \x03(\tR\asigners\x12\x14\n" +
+	"\x05ready\x18\x02 \x01(\rR\x05ready\x12\x16\n" +
+	"\x06wanted\x18\x03 \x01(\rR\x06wanted\"\x0f\n" +
 	"\rStatusRequest\"\xe4\x02\n" +
 	"\x0eStatusResponse\x12\x14\n" +
 	"\x05fleet\x18\x01 \x01(\tR\x05fleet\x12\x12\n" +
@@ -853,7 +929,7 @@ func file_agent_api_conseal_proto_rawDescGZIP() []byte {
 	return file_agent_api_conseal_proto_rawDescData
 }
 
-var file_agent_api_conseal_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_agent_api_conseal_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_agent_api_conseal_proto_goTypes = []any{
 	(*SignRequest)(nil),      // 0: conseal.v1.SignRequest
 	(*SignResponse)(nil),     // 1: conseal.v1.SignResponse
@@ -861,28 +937,30 @@ var file_agent_api_conseal_proto_goTypes = []any{
 	(*ListKeysRequest)(nil),  // 3: conseal.v1.ListKeysRequest
 	(*ListKeysResponse)(nil), // 4: conseal.v1.ListKeysResponse
 	(*Key)(nil),              // 5: conseal.v1.Key
-	(*StatusRequest)(nil),    // 6: conseal.v1.StatusRequest
-	(*StatusResponse)(nil),   // 7: conseal.v1.StatusResponse
-	(*Peer)(nil),             // 8: conseal.v1.Peer
-	(*ErrorInfo)(nil),        // 9: conseal.v1.ErrorInfo
+	(*Presignatures)(nil),    // 6: conseal.v1.Presignatures
+	(*StatusRequest)(nil),    // 7: conseal.v1.StatusRequest
+	(*StatusResponse)(nil),   // 8: conseal.v1.StatusResponse
+	(*Peer)(nil),             // 9: conseal.v1.Peer
+	(*ErrorInfo)(nil),        // 10: conseal.v1.ErrorInfo
 }
 var file_agent_api_conseal_proto_depIdxs = []int32{
 	5, // 0: conseal.v1.ListKeysResponse.keys:type_name -> conseal.v1.Key
-	8, // 1: conseal.v1.StatusResponse.peers:type_name -> conseal.v1.Peer
-	5, // 2: conseal.v1.StatusResponse.keys:type_name -> conseal.v1.Key
-	0, // 3: conseal.v1.Signer.Sign:input_type -> conseal.v1.SignRequest
-	2, // 4: conseal.v1.Signer.GetKey:input_type -> conseal.v1.GetKeyRequest
-	3, // 5: conseal.v1.Signer.ListKeys:input_type -> conseal.v1.ListKeysRequest
-	6, // 6: conseal.v1.Admin.Status:input_type -> conseal.v1.StatusRequest
-	1, // 7: conseal.v1.Signer.Sign:output_type -> conseal.v1.SignResponse
-	5, // 8: conseal.v1.Signer.GetKey:output_type -> conseal.v1.Key
-	4, // 9: conseal.v1.Signer.ListKeys:output_type -> conseal.v1.ListKeysResponse
-	7, // 10: conseal.v1.Admin.Status:output_type -> conseal.v1.StatusResponse
-	7, // [7:11] is the sub-list for method output_type
-	3, // [3:7] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	6, // 1: conseal.v1.Key.presignatures:type_name -> conseal.v1.Presignatures
+	9, // 2: conseal.v1.StatusResponse.peers:type_name -> conseal.v1.Peer
+	5, // 3: conseal.v1.StatusResponse.keys:type_name -> conseal.v1.Key
+	0, // 4: conseal.v1.Signer.Sign:input_type -> conseal.v1.SignRequest
+	2, // 5: conseal.v1.Signer.GetKey:input_type -> conseal.v1.GetKeyRequest
+	3, // 6: conseal.v1.Signer.ListKeys:input_type -> conseal.v1.ListKeysRequest
+	7, // 7: conseal.v1.Admin.Status:input_type -> conseal.v1.StatusRequest
+	1, // 8: conseal.v1.Signer.Sign:output_type -> conseal.v1.SignResponse
+	5, // 9: conseal.v1.Signer.GetKey:output_type -> conseal.v1.Key
+	4, // 10: conseal.v1.Signer.ListKeys:output_type -> conseal.v1.ListKeysResponse
+	8, // 11: conseal.v1.Admin.Status:output_type -> conseal.v1.StatusResponse
+	8, // [8:12] is the sub-list for method output_type
+	4, // [4:8] is the sub-list for method input_type
+	4, // [4:4] is the sub-list for extension type_name
+	4, // [4:4] is the sub-list for extension extendee
+	0, // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_agent_api_conseal_proto_init() }
@@ -896,7 +974,7 @@ func file_agent_api_conseal_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_api_conseal_proto_rawDesc), len(file_agent_api_conseal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   10,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   2,
 		},
