@@ -37,15 +37,15 @@ test: deps check ## all tests
 check: ## format, vet, staticcheck (the import table is a test)
 	@test -z "$$(gofmt -l .)" || { echo "gofmt -w these:"; gofmt -l .; exit 1; }
 	$(GO) vet ./...
-	$(GO) vet -tags failpoints ./...
+	$(GO) vet -tags failpoints,fuzz ./...
 	CGO_ENABLED=0 $(GO) vet ./cmd/... ./hsm/...
 	$(GO) tool staticcheck ./...
 
 bench: deps ## measure, one figure a line: bench NAME VALUE UNIT
 	@$(GO) run ./testenv/bench
 
-fuzz: ## fuzz every decoder, FUZZTIME each (default 1m)
-	@./internal/fuzz.sh $(or $(FUZZTIME),1m)
+fuzz: ## fuzz every decoder, FUZZTIME each (default 1m): make fuzz FUZZ=protocol/cmp FUZZTIME=10m
+	@./internal/fuzz.sh $(or $(FUZZTIME),1m) $(FUZZ)
 
 soak: deps ## the crash tests, many times over
 	$(GO) test -count=1 -timeout 2h -run Random -v ./agent -soak

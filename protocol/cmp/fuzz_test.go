@@ -1,0 +1,201 @@
+//go:build fuzz
+
+// Behind a tag: the sessions take a minute to bring to where they are fuzzed, and the
+// tests screen the same messages.
+
+package cmp
+
+import (
+	"sync"
+	"testing"
+
+	"github.com/luxfi/threshold/pkg/party"
+
+	"conseal/protocol"
+	"conseal/protocol/guard"
+	"conseal/protocol/protocoltest"
+)
+
+// One in so many of the changed messages that have the right form is given to a
+// session, which takes up to seconds to bring to where it takes the message.
+const (
+	sampleSeconds = 256
+	sampleFast    = 16
+)
+
+func fuzzShares(t testing.TB) map[protocol.HostID]*Share {
+	t.Helper()
+	net := protocoltest.Network[*Keygen]{Sessions: map[protocol.HostID]*Keygen{}}
+	for h, s := range buildKeygen(t)(t) {
+		net.Sessions[h] = s.(*Keygen)
+	}
+	net.MustRun(t)
+	out := map[protocol.HostID]*Share{}
+	for h, k := range net.Sessions {
+		share, err := k.Result()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out[h] = share
+	}
+	return out
+}
+
+var sharesOnce struct {
+	sync.Once
+	shares map[protocol.HostID]*Share
+}
+
+func oneKey(t testing.TB) map[protocol.HostID]*Share {
+	t.Helper()
+	sharesOnce.Do(func() { sharesOnce.shares = fuzzShares(t) })
+	return sharesOnce.shares
+}
+
+type builder func(testing.TB) map[protocol.HostID]protocol.Session
+
+// sessions makes a builder of one that makes a session of a host.
+func sessions[S protocol.Session](one func(id protocol.SessionID, h protocol.HostID) (S, error)) builder {
+	return func(t testing.TB) map[protocol.HostID]protocol.Session {
+		out := map[protocol.HostID]protocol.Session{}
+		id := protocoltest.SessionID()
+		for _, h := range protocoltest.Hosts(2) {
+			s, err := one(id, h)
+			if err != nil {
+				t.Fatal(err)
+			}
+			out[h] = s
+		}
+		return out
+	}
+}
+
+func buildKeygen(testing.TB) builder {
+	return sessions(func(id protocol.SessionID, h protocol.HostID) (*Keygen, error) {
+		return NewKeygen(KeygenConfig{Session: id, Self: h, Holders: protocoltest.Hosts(2), Quorum: 2, Curve: P256})
+	})
+}
+
+func buildRefresh(t testing.TB) builder {
+	key := oneKey(t)
+	return sessions(func(id protocol.SessionID, h protocol.HostID) (*Keygen, error) { return NewRefresh(id, key[h]) })
+}
+
+func buildSign(t testing.TB) builder {
+	key := oneKey(t)
+	return sessions(func(id protocol.SessionID, h protocol.HostID) (*Sign, error) {
+		return NewSign(SignConfig{Session: id, Share: key[h], Signers: protocoltest.Hosts(2), Digest: [32]byte{1}})
+	})
+}
+
+func buildPresign(t testing.TB) builder {
+	key := oneKey(t)
+	return sessions(func(id protocol.SessionID, h protocol.HostID) (*Presign, error) {
+		return NewPresign(SignConfig{Session: id, Share: key[h], Signers: protocoltest.Hosts(2)})
+	})
+}
+
+func buildOnline(t testing.TB) builder {
+	presign := buildPresign(t)
+	return func(t testing.TB) map[protocol.HostID]protocol.Session {
+		net := protocoltest.Network[protocol.Session]{Sessions: presign(t)}
+		net.MustRun(t)
+		return sessions(func(id protocol.SessionID, h protocol.HostID) (*Sign, error) {
+			made, err := net.Sessions[h].(*Presign).Result()
+			if err != nil {
+				return nil, err
+			}
+			return NewOnline(id, made, [32]byte{1})
+		})(t)
+	}
+}
+
+func fuzz(f *testing.F, build builder, rounds []guard.Round, round uint16, kind byte, sample uint64) {
+	f.Helper()
+	for _, r := range rounds {
+		if r.Number != round {
+			continue
+		}
+		shape := r.Direct
+		if kind == 'b' {
+			shape = r.Broadcast(guard.ID(1))
+		}
+		protocoltest.Fuzz(f, build, round, kind, func(content []byte) bool { return guard.All(shape, content) == nil }, sample)
+		return
+	}
+	f.Fatalf("no round %d", round)
+}
+
+func FuzzKeygen2Broadcast(f *testing.F) {
+	fuzz(f, buildKeygen(f), keygenRounds(P256.group, 2, false), 2, 'b', sampleSeconds)
+}
+func FuzzKeygen3Broadcast(f *testing.F) {
+	fuzz(f, buildKeygen(f), keygenRounds(P256.group, 2, false), 3, 'b', sampleSeconds)
+}
+func FuzzKeygen4Broadcast(f *testing.F) {
+	fuzz(f, buildKeygen(f), keygenRounds(P256.group, 2, false), 4, 'b', sampleSeconds)
+}
+func FuzzKeygen4Direct(f *testing.F) {
+	fuzz(f, buildKeygen(f), keygenRounds(P256.group, 2, false), 4, 'd', sampleSeconds)
+}
+func FuzzKeygen5Broadcast(f *testing.F) {
+	fuzz(f, buildKeygen(f), keygenRounds(P256.group, 2, false), 5, 'b', sampleSeconds)
+}
+
+func FuzzRefresh3Broadcast(f *testing.F) {
+	fuzz(f, buildRefresh(f), keygenRounds(P256.group, 2, true), 3, 'b', sampleSeconds)
+}
+
+func FuzzSign2Broadcast(f *testing.F) {
+	fuzz(f, buildSign(f), signRounds(P256.group), 2, 'b', sampleFast)
+}
+func FuzzSign2Direct(f *testing.F) {
+	fuzz(f, buildSign(f), signRounds(P256.group), 2, 'd', sampleFast)
+}
+func FuzzSign3Broadcast(f *testing.F) {
+	fuzz(f, buildSign(f), signRounds(P256.group), 3, 'b', sampleSeconds)
+}
+func FuzzSign3Direct(f *testing.F) {
+	fuzz(f, buildSign(f), signRounds(P256.group), 3, 'd', sampleSeconds)
+}
+func FuzzSign4Broadcast(f *testing.F) {
+	fuzz(f, buildSign(f), signRounds(P256.group), 4, 'b', sampleSeconds)
+}
+func FuzzSign4Direct(f *testing.F) {
+	fuzz(f, buildSign(f), signRounds(P256.group), 4, 'd', sampleSeconds)
+}
+func FuzzSign5Broadcast(f *testing.F) {
+	fuzz(f, buildSign(f), signRounds(P256.group), 5, 'b', sampleSeconds)
+}
+
+func FuzzPresign2Broadcast(f *testing.F) {
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 2, 'b', sampleSeconds)
+}
+func FuzzPresign2Direct(f *testing.F) {
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 2, 'd', sampleSeconds)
+}
+func FuzzPresign3Broadcast(f *testing.F) {
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 3, 'b', sampleSeconds)
+}
+func FuzzPresign3Direct(f *testing.F) {
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 3, 'd', sampleSeconds)
+}
+func FuzzPresign4Broadcast(f *testing.F) {
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 4, 'b', sampleSeconds)
+}
+func FuzzPresign5Broadcast(f *testing.F) {
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 5, 'b', sampleSeconds)
+}
+func FuzzPresign5Direct(f *testing.F) {
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 5, 'd', sampleSeconds)
+}
+func FuzzPresign6Broadcast(f *testing.F) {
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 6, 'b', sampleSeconds)
+}
+func FuzzPresign7Broadcast(f *testing.F) {
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 7, 'b', sampleSeconds)
+}
+
+func FuzzOnline8Broadcast(f *testing.F) {
+	fuzz(f, buildOnline(f), onlineRounds(P256.group), 8, 'b', sampleSeconds)
+}
