@@ -143,8 +143,10 @@ func failpoints(t *testing.T) (names []string) {
 	if len(names) < 12 {
 		t.Fatalf("found only %q", names)
 	}
-	// Creating a vault is not part of a birth.
-	return slices.DeleteFunc(names, func(n string) bool { return strings.HasPrefix(n, "vault/class") || strings.HasPrefix(n, "vault/mark") })
+	// Creating a vault, and signing, are not part of a birth.
+	return slices.DeleteFunc(names, func(n string) bool {
+		return strings.HasPrefix(n, "vault/class") || strings.HasPrefix(n, "vault/mark") || strings.HasPrefix(n, "sign/")
+	})
 }
 
 // TestCrashAtEachFailpoint kills an agent at every named place of a birth. Each

@@ -20,6 +20,7 @@ import (
 
 	"conseal/agent/api"
 	"conseal/protocol"
+	"conseal/protocol/cmp"
 	"conseal/protocol/frost"
 	"conseal/testenv"
 )
@@ -51,7 +52,16 @@ func run(ctx context.Context) error {
 			return err
 		}
 	}
+	for scheme, curve := range map[string]*cmp.Curve{"ecdsa-p256": cmp.P256, "ecdsa-secp256k1": cmp.Secp256k1} {
+		if err := ecdsa(ctx, bin, scheme, curve); err != nil {
+			return err
+		}
+	}
 	return nil
+}
+
+func middle(times []time.Duration) time.Duration {
+	return slices.Sorted(slices.Values(times))[len(times)/2]
 }
 
 func print(name string, value float64, unit string) {
