@@ -19,7 +19,7 @@ import (
 // One in so many of the changed messages that have the right form is given to a
 // session, which takes up to seconds to bring to where it takes the message.
 const (
-	sampleSeconds = 256
+	sampleSeconds = 4096
 	sampleFast    = 16
 )
 
