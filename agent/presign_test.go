@@ -173,7 +173,7 @@ func (u *uses) audit(t *testing.T, f *testenv.Fleet) {
 // TestNoPresignatureTwice kills, cuts off and restores hosts around the moment at
 // which presignatures are used.
 func TestNoPresignatureTwice(t *testing.T) {
-	kills := 6
+	kills := 4
 	if *soak {
 		kills = 200
 	}
