@@ -16,13 +16,6 @@ import (
 	"conseal/protocol/protocoltest"
 )
 
-// One in so many of the changed messages that have the right form is given to a
-// session, which takes up to seconds to bring to where it takes the message.
-const (
-	sampleSeconds = 4096
-	sampleFast    = 16
-)
-
 func fuzzShares(t testing.TB) map[protocol.HostID]*Share {
 	t.Helper()
 	net := protocoltest.Network[*Keygen]{Sessions: map[protocol.HostID]*Keygen{}}
@@ -110,7 +103,7 @@ func buildOnline(t testing.TB) builder {
 	}
 }
 
-func fuzz(f *testing.F, build builder, rounds []guard.Round, round uint16, kind byte, sample uint64) {
+func fuzz(f *testing.F, build builder, rounds []guard.Round, round uint16, kind byte) {
 	f.Helper()
 	for _, r := range rounds {
 		if r.Number != round {
@@ -120,82 +113,82 @@ func fuzz(f *testing.F, build builder, rounds []guard.Round, round uint16, kind 
 		if kind == 'b' {
 			shape = r.Broadcast(guard.ID(1))
 		}
-		protocoltest.Fuzz(f, build, round, kind, func(content []byte) bool { return guard.All(shape, content) == nil }, sample)
+		protocoltest.Fuzz(f, build, round, kind, func(content []byte) bool { return guard.All(shape, content) == nil }, true)
 		return
 	}
 	f.Fatalf("no round %d", round)
 }
 
 func FuzzKeygen2Broadcast(f *testing.F) {
-	fuzz(f, buildKeygen(f), keygenRounds(P256.group, 2, false), 2, 'b', sampleSeconds)
+	fuzz(f, buildKeygen(f), keygenRounds(P256.group, 2, false), 2, 'b')
 }
 func FuzzKeygen3Broadcast(f *testing.F) {
-	fuzz(f, buildKeygen(f), keygenRounds(P256.group, 2, false), 3, 'b', sampleSeconds)
+	fuzz(f, buildKeygen(f), keygenRounds(P256.group, 2, false), 3, 'b')
 }
 func FuzzKeygen4Broadcast(f *testing.F) {
-	fuzz(f, buildKeygen(f), keygenRounds(P256.group, 2, false), 4, 'b', sampleSeconds)
+	fuzz(f, buildKeygen(f), keygenRounds(P256.group, 2, false), 4, 'b')
 }
 func FuzzKeygen4Direct(f *testing.F) {
-	fuzz(f, buildKeygen(f), keygenRounds(P256.group, 2, false), 4, 'd', sampleSeconds)
+	fuzz(f, buildKeygen(f), keygenRounds(P256.group, 2, false), 4, 'd')
 }
 func FuzzKeygen5Broadcast(f *testing.F) {
-	fuzz(f, buildKeygen(f), keygenRounds(P256.group, 2, false), 5, 'b', sampleSeconds)
+	fuzz(f, buildKeygen(f), keygenRounds(P256.group, 2, false), 5, 'b')
 }
 
 func FuzzRefresh3Broadcast(f *testing.F) {
-	fuzz(f, buildRefresh(f), keygenRounds(P256.group, 2, true), 3, 'b', sampleSeconds)
+	fuzz(f, buildRefresh(f), keygenRounds(P256.group, 2, true), 3, 'b')
 }
 
 func FuzzSign2Broadcast(f *testing.F) {
-	fuzz(f, buildSign(f), signRounds(P256.group), 2, 'b', sampleFast)
+	fuzz(f, buildSign(f), signRounds(P256.group), 2, 'b')
 }
 func FuzzSign2Direct(f *testing.F) {
-	fuzz(f, buildSign(f), signRounds(P256.group), 2, 'd', sampleFast)
+	fuzz(f, buildSign(f), signRounds(P256.group), 2, 'd')
 }
 func FuzzSign3Broadcast(f *testing.F) {
-	fuzz(f, buildSign(f), signRounds(P256.group), 3, 'b', sampleSeconds)
+	fuzz(f, buildSign(f), signRounds(P256.group), 3, 'b')
 }
 func FuzzSign3Direct(f *testing.F) {
-	fuzz(f, buildSign(f), signRounds(P256.group), 3, 'd', sampleSeconds)
+	fuzz(f, buildSign(f), signRounds(P256.group), 3, 'd')
 }
 func FuzzSign4Broadcast(f *testing.F) {
-	fuzz(f, buildSign(f), signRounds(P256.group), 4, 'b', sampleSeconds)
+	fuzz(f, buildSign(f), signRounds(P256.group), 4, 'b')
 }
 func FuzzSign4Direct(f *testing.F) {
-	fuzz(f, buildSign(f), signRounds(P256.group), 4, 'd', sampleSeconds)
+	fuzz(f, buildSign(f), signRounds(P256.group), 4, 'd')
 }
 func FuzzSign5Broadcast(f *testing.F) {
-	fuzz(f, buildSign(f), signRounds(P256.group), 5, 'b', sampleSeconds)
+	fuzz(f, buildSign(f), signRounds(P256.group), 5, 'b')
 }
 
 func FuzzPresign2Broadcast(f *testing.F) {
-	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 2, 'b', sampleSeconds)
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 2, 'b')
 }
 func FuzzPresign2Direct(f *testing.F) {
-	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 2, 'd', sampleSeconds)
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 2, 'd')
 }
 func FuzzPresign3Broadcast(f *testing.F) {
-	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 3, 'b', sampleSeconds)
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 3, 'b')
 }
 func FuzzPresign3Direct(f *testing.F) {
-	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 3, 'd', sampleSeconds)
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 3, 'd')
 }
 func FuzzPresign4Broadcast(f *testing.F) {
-	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 4, 'b', sampleSeconds)
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 4, 'b')
 }
 func FuzzPresign5Broadcast(f *testing.F) {
-	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 5, 'b', sampleSeconds)
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 5, 'b')
 }
 func FuzzPresign5Direct(f *testing.F) {
-	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 5, 'd', sampleSeconds)
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 5, 'd')
 }
 func FuzzPresign6Broadcast(f *testing.F) {
-	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 6, 'b', sampleSeconds)
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 6, 'b')
 }
 func FuzzPresign7Broadcast(f *testing.F) {
-	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 7, 'b', sampleSeconds)
+	fuzz(f, buildPresign(f), presignRounds(P256.group, []party.ID{guard.ID(0), guard.ID(1)}), 7, 'b')
 }
 
 func FuzzOnline8Broadcast(f *testing.F) {
-	fuzz(f, buildOnline(f), onlineRounds(P256.group), 8, 'b', sampleSeconds)
+	fuzz(f, buildOnline(f), onlineRounds(P256.group), 8, 'b')
 }

@@ -3,17 +3,20 @@ package protocoltest
 import (
 	"bytes"
 	"errors"
-	"hash/fnv"
+	"fmt"
+	"sync/atomic"
 	"testing"
 
 	"conseal/protocol"
 )
 
-// Fuzz fuzzes what follows head bytes of one message, of host b to host a: that of a
+// Fuzz fuzzes what follows the head of one message, of host b to host a: that of a
 // round and of a kind, which is the first byte of its body. What passes refuses, a must
-// refuse and name b, and stay as it was. Of what passes lets through, every sample-th
-// is given to a session of its own, since that changes it: it must not end well.
-func Fuzz(f *testing.F, build func(testing.TB) map[protocol.HostID]protocol.Session, round uint16, kind byte, passes func(content []byte) bool, sample uint64) {
+// refuse and name b, and stay as it was. What passes lets through is given to a session
+// of its own, since it changes that: it must not end well. Where sessions are slow,
+// only one is run at a time, beside the fuzzing, which ends a process that takes a
+// second for one input.
+func Fuzz(f *testing.F, build func(testing.TB) map[protocol.HostID]protocol.Session, round uint16, kind byte, passes func(content []byte) bool, slow bool) {
 	a, message := pause(f, build(f), round, kind)
 	head := 2 + 64 + int(message.Body[65])
 	honest := message.Body[head:]
@@ -26,33 +29,43 @@ func Fuzz(f *testing.F, build func(testing.TB) map[protocol.HostID]protocol.Sess
 		changed[at] ^= 0x41
 		f.Add(changed)
 	}
+	through := func(t testing.TB, content []byte) {
+		session, m := pause(t, build(t), round, kind)
+		defer session.Close()
+		m.Body = append(m.Body[:head:head], content...)
+		if ready, _ := session.Step(m); ready.Done {
+			panic(fmt.Sprintf("a changed message ends well: %x", content))
+		}
+	}
+	var busy atomic.Bool
 	f.Fuzz(func(t *testing.T, content []byte) {
-		if bytes.Equal(content, honest) {
-			return
-		}
-		m := message
-		m.Body = append(bytes.Clone(message.Body[:head]), content...)
-		session, through := a, passes(content)
-		if through {
-			h := fnv.New64a()
-			h.Write(content)
-			if h.Sum64()%sample != 0 {
-				return
-			}
-			session, m = pause(t, build(t), round, kind)
-			m.Body = append(m.Body[:head:head], content...)
-			defer session.Close()
-		}
-		ready, err := session.Step(m)
-		var fault *protocol.Fault
 		switch {
-		case ready.Done:
-			t.Errorf("a changed message ends well: %x", content)
-		case !through && (!errors.As(err, &fault) || fault.Host != "b"):
-			t.Errorf("not refused, or its sender not named: %v: %x", err, content)
+		case bytes.Equal(content, honest):
+		case !passes(content):
+			m := message
+			m.Body = append(bytes.Clone(message.Body[:head]), content...)
+			var fault *protocol.Fault
+			if _, err := a.Step(m); !errors.As(err, &fault) || fault.Host != "b" {
+				t.Errorf("not refused, or its sender not named: %v: %x", err, content)
+			}
+		case !slow:
+			through(t, content)
+		case busy.CompareAndSwap(false, true):
+			content := bytes.Clone(content)
+			go func() {
+				defer busy.Store(false)
+				through(aside{}, content)
+			}()
 		}
 	})
 }
+
+// aside stands in for a test whose work outlives it.
+type aside struct{ testing.TB }
+
+func (aside) Helper()                           {}
+func (aside) Fatal(args ...any)                 { panic(fmt.Sprint(args...)) }
+func (aside) Fatalf(format string, args ...any) { panic(fmt.Sprintf(format, args...)) }
 
 // pause runs sessions until b sends a the message that is wanted, and returns a and
 // that message, which a has not seen.

@@ -57,7 +57,7 @@ func fuzz(f *testing.F, build builder, rounds []guard.Round, round uint16, kind 
 	if kind == 'b' {
 		shape = r.Broadcast(guard.ID(1))
 	}
-	protocoltest.Fuzz(f, build, round, kind, func(content []byte) bool { return guard.All(shape, content) == nil }, 1)
+	protocoltest.Fuzz(f, build, round, kind, func(content []byte) bool { return guard.All(shape, content) == nil }, false)
 }
 
 func FuzzKeygen2Broadcast(f *testing.F) { fuzz(f, fuzzKeygen(f), keygenRounds(2), 2, 'b') }
