@@ -22,9 +22,9 @@ type module struct {
 	p    *pkcs11.Ctx
 	ours bool // C_Initialize was our call
 
-	// mu is held for reading during every call, and for writing while the
-	// library is finalised and initialised: C_Finalize with calls under way
-	// crashes libraries.
+	// mu is held for reading during every call, and for writing while objects are
+	// made or destroyed and while the library is finalised and initialised:
+	// C_Finalize with calls under way crashes libraries.
 	mu    sync.RWMutex
 	epoch uint64 // counts initialisations; handles of another epoch are void
 }

@@ -76,11 +76,11 @@ func (h *HSM) ensure(ctx context.Context, o object) (done string, err error) {
 		if c := ClassOf(err); complete || c != ClassPolicy && c != ClassAmbiguous {
 			return "already there", err
 		}
-		if err := h.do(ctx, func(s *session) error { return s.remove(o) }); err != nil {
+		if err := h.change(ctx, func(s *session) error { return s.remove(o) }); err != nil {
 			return "", err
 		}
 	}
-	err = h.do(ctx, func(s *session) error {
+	err = h.change(ctx, func(s *session) error {
 		if made, err := s.has(o.class, o.what); made || err != nil {
 			return err // by the try before this one
 		}

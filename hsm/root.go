@@ -143,7 +143,7 @@ func (c *rootChange) plan(ctx context.Context) error {
 }
 
 func (c *rootChange) makeKey(ctx context.Context) error {
-	return c.h.do(ctx, func(s *session) error { return s.generateAES(s.label("root"), c.key) })
+	return c.h.change(ctx, func(s *session) error { return s.generateAES(s.label("root"), c.key) })
 }
 
 func (c *rootChange) writeFile(ctx context.Context) error {
@@ -184,7 +184,7 @@ func (c *rootChange) giveUp(ctx context.Context) {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), giveUpTime)
 	defer cancel()
-	_ = c.h.do(ctx, func(s *session) error { // if it stays, the next SetRoot takes it
+	_ = c.h.change(ctx, func(s *session) error { // if it stays, the next SetRoot takes it
 		all, err := s.find(pkcs11.CKO_SECRET_KEY, s.label("root"), attr(pkcs11.CKA_ID, c.key[:]))
 		for _, k := range all {
 			err = errors.Join(err, failed("C_DestroyObject", s.p.DestroyObject(s.h, k)))
@@ -288,7 +288,7 @@ func (h *HSM) finish(ctx context.Context, root keyID) error {
 // destroyOlder destroys the older root keys and sees that they are gone, and that
 // the root's is not.
 func (h *HSM) destroyOlder(ctx context.Context, root keyID) error {
-	return h.do(ctx, func(s *session) error {
+	return h.change(ctx, func(s *session) error {
 		keys, err := s.rootKeys()
 		if err != nil {
 			return err

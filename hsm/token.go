@@ -165,6 +165,17 @@ func (h *HSM) Close() {
 // was lost, or the token is gone, it repairs that and runs fn once more: fn must
 // do the same thing when it runs twice.
 func (h *HSM) do(ctx context.Context, fn func(*session) error) error {
+	return h.perform(ctx, fn, h.mod.mu.RLocker())
+}
+
+// change is do for an fn that makes or destroys objects: while it runs, nothing else
+// in the process uses the module. SoftHSM fails with CKR_GENERAL_ERROR when one thread
+// reads the list of objects while another one writes it.
+func (h *HSM) change(ctx context.Context, fn func(*session) error) error {
+	return h.perform(ctx, fn, &h.mod.mu)
+}
+
+func (h *HSM) perform(ctx context.Context, fn func(*session) error, module sync.Locker) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -179,11 +190,11 @@ func (h *HSM) do(ctx context.Context, fn func(*session) error) error {
 	if err := h.paused(); err != nil {
 		return err
 	}
-	a := h.once(fn)
+	a := h.once(fn, module)
 	if a.err == nil || !h.repair(&a) {
 		return a.err
 	}
-	a = h.once(fn)
+	a = h.once(fn, module)
 	switch ClassOf(a.err) {
 	case ClassToken:
 		h.pause(a.err)
@@ -201,9 +212,9 @@ type attempt struct {
 	err   error
 }
 
-func (h *HSM) once(fn func(*session) error) attempt {
-	h.mod.mu.RLock()
-	defer h.mod.mu.RUnlock()
+func (h *HSM) once(fn func(*session) error, module sync.Locker) attempt {
+	module.Lock()
+	defer module.Unlock()
 	conn, sh, err := h.borrow()
 	if err == nil {
 		err = fn(&session{h.mod.p, sh, conn.slot, h.cfg.Name, conn.info.Flags&pkcs11.CKF_LOGIN_REQUIRED != 0})
@@ -252,7 +263,7 @@ func (h *HSM) pause(err error) {
 }
 
 // borrow gives an idle session or a new one, and connects first if need be. The
-// caller holds mod.mu for reading until it has given the session back.
+// caller holds mod.mu until it has given the session back.
 func (h *HSM) borrow() (*connection, pkcs11.SessionHandle, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -308,7 +319,7 @@ func (m *module) openSession(slot uint) (pkcs11.SessionHandle, error) {
 	return sh, failed("C_OpenSession", err)
 }
 
-// dial makes a connection. The caller holds mu, and mod.mu for reading.
+// dial makes a connection. The caller holds mu and mod.mu.
 func (h *HSM) dial() (*connection, error) {
 	slot, info, err := h.findToken()
 	if err != nil {
