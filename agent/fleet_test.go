@@ -3,8 +3,6 @@ package agent_test
 import (
 	"bytes"
 	"context"
-	"crypto/ed25519"
-	"crypto/x509"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -97,16 +95,10 @@ func checkKey(ctx context.Context, t *testing.T, f *testenv.Fleet, name string) 
 		message := []byte("signed through " + h.Name)
 		r, err := h.Client().Sign(ctx, name, message)
 		must(t, err)
-		verify(t, public, message, r.Signature)
-	}
-}
-
-func verify(t *testing.T, spki, message, signature []byte) {
-	t.Helper()
-	key, err := x509.ParsePKIXPublicKey(spki)
-	must(t, err)
-	if !ed25519.Verify(key.(ed25519.PublicKey), message, signature) {
-		t.Fatal("the signature does not verify")
+		if !bytes.Equal(r.PublicKey, public) {
+			t.Fatalf("%s signs for key %x, not %x", h.Name, r.PublicKey, public)
+		}
+		must(t, verifyScheme(k.Scheme, r, message))
 	}
 }
 
@@ -202,25 +194,41 @@ func TestRandomKillsDuringBirth(t *testing.T) {
 		s = rand.Uint64()
 	}
 	t.Logf("replay with -seed %d", s)
-	random := rand.New(rand.NewPCG(s, 1))
-	times := 50
-	if *soak {
-		times = 500
+	for _, of := range []struct {
+		scheme      string
+		times, soak int
+		within      time.Duration // about as long as a birth takes
+	}{
+		{"ed25519", 50, 500, 80 * time.Millisecond},
+		{"bip340", 5, 100, 80 * time.Millisecond},
+		{"ecdsa-p256", 2, 50, 6 * time.Second},
+		{"ecdsa-secp256k1", 0, 50, 6 * time.Second},
+	} {
+		if *soak {
+			of.times = of.soak
+		}
+		if of.times > 0 {
+			t.Run(of.scheme, func(t *testing.T) { killDuringBirths(t, of.scheme, of.times, of.within, rand.New(rand.NewPCG(s, 1))) })
+		}
 	}
+}
+
+func killDuringBirths(t *testing.T, scheme string, times int, within time.Duration, random *rand.Rand) {
 	ctx, f := newFleet(t)
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Duration(times)*30*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Duration(times)*time.Minute)
 	defer cancel()
+	f.Keys, f.Limits = "", "[limits]\nkeygen_deadline = \"5m\"\nsign_deadline = \"1m\"\npresignatures = 0\n"
+	for _, h := range f.Hosts {
+		must(t, h.WriteConfig())
+	}
 	unborn := 0
 	for i := range times {
-		name := "first"
-		if i > 0 {
-			name = fmt.Sprintf("key%d", i)
-			f.Keys += f.Key(name, "ed25519", 2)
-			must(t, f.WriteRoster(i+1))
-		}
+		name := fmt.Sprintf("key%d", i)
+		f.Keys += f.Key(name, scheme, 2)
+		must(t, f.WriteRoster(i+1))
 		must(t, f.Start(ctx))
 		victim := f.Hosts[random.IntN(3)]
-		<-time.After(time.Duration(random.IntN(80_000)) * time.Microsecond) // the experiment, not a wait for something
+		<-time.After(time.Duration(random.Int64N(int64(within)))) // the experiment, not a wait for something
 		if k, err := victim.Client().GetKey(ctx, name); err == nil && k.Condition != "ready" {
 			unborn++
 		}

@@ -123,8 +123,13 @@ func (l *logText) String() string {
 	return l.b.String()
 }
 
-// newLab makes alpha, beta and gamma; users are those of key "first".
+// newLab makes alpha, beta and gamma; users are those of key "first", an Ed25519 key.
 func newLab(t testing.TB, users ...string) *lab {
+	t.Helper()
+	return newLabOf(t, "ed25519", users...)
+}
+
+func newLabOf(t testing.TB, scheme string, users ...string) *lab {
 	t.Helper()
 	dir, err := os.MkdirTemp("/tmp", "conseal-lab-") // short: sockets have at most 107 bytes
 	ok(t, err)
@@ -147,7 +152,7 @@ func newLab(t testing.TB, users ...string) *lab {
 		ok(t, vault.Create(l.ctx, VaultFolder(c), name, h.protector))
 		text += fmt.Sprintf("[[host]]\nname = %q\naddress = %q\nidentity = %q\nprotector = \"tpm\"\n", name, c.Listen.Address, pin)
 	}
-	text += "[[key]]\nname = \"first\"\nscheme = \"ed25519\"\nquorum = 2\nhosts = [\"alpha\", \"beta\", \"gamma\"]\nstate = \"active\"\npurpose = \"a test\"\ngenerate = true\n"
+	text += "[[key]]\nname = \"first\"\nscheme = \"" + scheme + "\"\nquorum = 2\nhosts = [\"alpha\", \"beta\", \"gamma\"]\nstate = \"active\"\npurpose = \"a test\"\ngenerate = true\n"
 	if len(users) > 0 {
 		text += fmt.Sprintf("users = [\"%s\"]\n", strings.Join(users, `", "`))
 	}
@@ -254,7 +259,15 @@ func (l *lab) sign(host string, message []byte) ([]string, error) {
 	}
 	public, err := x509.ParsePKIXPublicKey(act.output.spki)
 	ok(l.t, err)
-	if !ed25519.Verify(public.(ed25519.PublicKey), message, r.Signature) {
+	good := false
+	switch public := public.(type) {
+	case ed25519.PublicKey:
+		good = ed25519.Verify(public, message, r.Signature)
+	case *ecdsa.PublicKey:
+		digest := sha256.Sum256(message)
+		good = ecdsa.VerifyASN1(public, digest[:], r.Signature)
+	}
+	if !good {
 		l.t.Error("the signature does not verify")
 	}
 	return r.Signers, nil
