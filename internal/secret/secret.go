@@ -79,6 +79,15 @@ func (s *Bytes) Use(fn func(b []byte) error) error {
 	return fn(s.mem[:s.n:s.n])
 }
 
+// Clone copies the bytes into a Bytes of its own, or returns [ErrWiped].
+func (s *Bytes) Clone() (out *Bytes, err error) {
+	err = s.Use(func(b []byte) error {
+		out = Copy(b)
+		return nil
+	})
+	return out, err
+}
+
 // Len is the length in bytes; 0 once wiped.
 func (s *Bytes) Len() int {
 	s.mu.RLock()

@@ -89,3 +89,24 @@ func TestWipeWaitsForUse(t *testing.T) {
 	s.Wipe()
 	wg.Wait()
 }
+
+func TestCloneIsItsOwn(t *testing.T) {
+	s := secret.Copy([]byte("abc"))
+	c, err := s.Clone()
+	if err != nil || !c.Equal(s) {
+		t.Fatalf("a clone differs: %v", err)
+	}
+	s.Wipe()
+	defer c.Wipe()
+	if err := c.Use(func(b []byte) error {
+		if string(b) != "abc" {
+			t.Errorf("after the original was wiped the clone is %q", b)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+	if _, err := s.Clone(); !errors.Is(err, secret.ErrWiped) {
+		t.Errorf("cloning what was wiped: %v", err)
+	}
+}

@@ -249,14 +249,7 @@ func newShare(c *Curve, self protocol.HostID, holders []protocol.HostID, cfg *mo
 
 // Secret returns a copy of the share for storage: about 1 KB, and as much for each
 // holder.
-func (s *Share) Secret() (*secret.Bytes, error) {
-	var out *secret.Bytes
-	err := s.secret.Use(func(b []byte) error {
-		out = secret.Copy(b)
-		return nil
-	})
-	return out, err
-}
+func (s *Share) Secret() (*secret.Bytes, error) { return s.secret.Clone() }
 
 // Wipe ends the share.
 func (s *Share) Wipe() { s.secret.Wipe() }

@@ -186,14 +186,7 @@ func LoadShare(group *Group, self protocol.HostID, scalar []byte) (*Share, error
 }
 
 // Secret returns a copy of the share's scalar, 32 bytes, for storage.
-func (s *Share) Secret() (*secret.Bytes, error) {
-	var out *secret.Bytes
-	err := s.secret.Use(func(b []byte) error {
-		out = secret.Copy(b)
-		return nil
-	})
-	return out, err
-}
+func (s *Share) Secret() (*secret.Bytes, error) { return s.secret.Clone() }
 
 // Wipe ends the share.
 func (s *Share) Wipe() { s.secret.Wipe() }
