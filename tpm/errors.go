@@ -10,6 +10,8 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
+
+	"conseal/tpm/policy"
 )
 
 // Class says what can be done about an error of this package.
@@ -160,6 +162,37 @@ func (e *PCRError) Error() string {
 
 // Class is [ClassPolicy].
 func (e *PCRError) Class() Class { return ClassPolicy }
+
+// PolicyError says that no installed policy allows to open in the present state, and
+// why of each.
+type PolicyError struct {
+	Counter  uint64 // versions below are revoked
+	Verdicts []Verdict
+}
+
+func (e *PolicyError) Error() string {
+	s := []string{"no seal policy is installed"}
+	for i, v := range e.Verdicts {
+		if i == 0 {
+			s = nil
+		}
+		why := fmt.Sprintf("seal policy %d (%s)", v.Policy.Version, v.Policy.Comment)
+		if v.Revoked {
+			why += fmt.Sprintf(" is revoked, as all below %d", e.Counter)
+		} else {
+			why += " wants another state"
+		}
+		for _, c := range v.Changed {
+			why += fmt.Sprintf(", PCR %d (%s) is %.4x…, wanted %.4x…", c.PCR, policy.PCRWords(c.PCR), c.Found, c.Wanted)
+		}
+		s = append(s, why)
+	}
+	return strings.Join(s, "; ") + ": boot what they were signed for, or have this state signed: " +
+		"`conseal seal measure` here, `conseal seal sign` at the security team, `conseal seal install` here"
+}
+
+// Class is [ClassPolicy].
+func (e *PolicyError) Class() Class { return ClassPolicy }
 
 // command is any command of go-tpm whose response is an R.
 type command[R any] interface {

@@ -5,23 +5,12 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 
 	"github.com/google/go-tpm/tpm2"
+
+	"conseal/tpm/policy"
 )
-
-// pcrSet is PCRs of the SHA-256 bank with a value each: a measured state.
-// Ascending, without repeats, never empty.
-type pcrSet []pcr
-
-type pcr struct {
-	index int
-	value [sha256.Size]byte
-}
-
-// lastPCR is the highest that every PC client TPM has.
-const lastPCR = 23
 
 // checkPCRs wants a sorted list.
 func checkPCRs(indices []int) error {
@@ -29,8 +18,8 @@ func checkPCRs(indices []int) error {
 		return errors.New("tpm: no PCRs given: what is sealed would open in any state of the host; give at least one, as 7 for secure boot")
 	}
 	for i, n := range indices {
-		if n < 0 || n > lastPCR {
-			return fmt.Errorf("tpm: PCR %d does not exist: they are 0 to %d", n, lastPCR)
+		if n < 0 || n > policy.LastPCR {
+			return fmt.Errorf("tpm: PCR %d does not exist: they are 0 to %d", n, policy.LastPCR)
 		}
 		if i > 0 && indices[i-1] == n {
 			return fmt.Errorf("tpm: PCR %d is given twice", n)
@@ -40,66 +29,77 @@ func checkPCRs(indices []int) error {
 }
 
 // parseWanted takes the values over from a Config; nil for nil.
-func parseWanted(wanted map[int][]byte, indices []int) (pcrSet, error) {
+func parseWanted(wanted map[int][]byte, indices []int) (policy.State, error) {
 	if len(wanted) == 0 {
 		return nil, nil
 	}
-	if got := slices.Sorted(maps.Keys(wanted)); !slices.Equal(got, indices) {
-		return nil, fmt.Errorf("tpm: PCRs %v are configured and the root was made under PCRs %v: use those, or provision anew", indices, got)
-	}
-	var set pcrSet
-	for _, n := range indices {
-		if len(wanted[n]) != sha256.Size {
-			return nil, fmt.Errorf("tpm: the value wanted of PCR %d has %d bytes, not %d", n, len(wanted[n]), sha256.Size)
+	set := policy.State{}
+	for n, v := range wanted {
+		if len(v) != sha256.Size {
+			return nil, fmt.Errorf("tpm: the value wanted of PCR %d has %d bytes, not %d", n, len(v), sha256.Size)
 		}
-		set = append(set, pcr{n, [sha256.Size]byte(wanted[n])})
+		set[n] = bytes.Clone(v)
+	}
+	if got := set.Indices(); !slices.Equal(got, indices) {
+		return nil, fmt.Errorf("tpm: PCRs %v are configured and the root was made under PCRs %v: use those, or provision anew", indices, got)
 	}
 	return set, nil
 }
 
-// values is the inverse of parseWanted.
-func (s pcrSet) values() map[int][]byte {
-	m := map[int][]byte{}
-	for _, p := range s {
-		m[p.index] = bytes.Clone(p.value[:])
-	}
-	return m
+// rule is a policy under which the TPM opens what is ours.
+type rule interface {
+	// authPolicy is its digest.
+	authPolicy() ([]byte, error)
+	// satisfy runs it in a policy session.
+	satisfy(x *tx, session tpm2.TPMHandle) error
+	// explain says why it was refused with err.
+	explain(x *tx, err error) error
 }
 
-func (s pcrSet) indices() []int {
-	var list []int
-	for _, p := range s {
-		list = append(list, p.index)
-	}
-	return list
-}
+// fixed is the rule of what opens in one measured state only.
+type fixed policy.State
 
-// command is TPM2_PolicyPCR for this state: TPM 2.0 part 3, section 23.7.
-func (s pcrSet) command(session tpm2.TPMHandle) tpm2.PolicyPCR {
-	h := sha256.New()
-	for _, p := range s {
-		h.Write(p.value[:])
-	}
-	return tpm2.PolicyPCR{
-		PolicySession: session,
-		PcrDigest:     tpm2.TPM2BDigest{Buffer: h.Sum(nil)},
-		Pcrs:          selection(s.indices()),
-	}
-}
+func (f fixed) state() policy.State { return policy.State(f) }
 
-// policy is the authPolicy of what opens in this state only.
-func (s pcrSet) policy() ([]byte, error) {
-	if len(s) == 0 {
+func (f fixed) authPolicy() ([]byte, error) {
+	if len(f) == 0 {
 		return nil, errors.New("tpm: a policy without PCRs")
 	}
 	calc, err := tpm2.NewPolicyCalculator(tpm2.TPMAlgSHA256)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.command(0).Update(calc); err != nil {
+	if err := f.state().Command(0).Update(calc); err != nil {
 		return nil, err
 	}
 	return calc.Hash().Digest, nil
+}
+
+func (f fixed) satisfy(x *tx, session tpm2.TPMHandle) error {
+	_, err := run(x, f.state().Command(session))
+	return err
+}
+
+// explain finds out which PCRs it was.
+func (f fixed) explain(x *tx, err error) error {
+	found, readErr := x.readPCRs(f.state().Indices())
+	if readErr != nil {
+		return errors.Join(err, readErr)
+	}
+	if changed := changes(found, f.state()); changed != nil {
+		return &PCRError{changed}
+	}
+	return err // changed and changed back, or another policy
+}
+
+// changes lists the PCRs of wanted that have another value in found.
+func changes(found, wanted policy.State) (list []PCRChange) {
+	for _, i := range wanted.Indices() {
+		if !bytes.Equal(found[i], wanted[i]) {
+			list = append(list, PCRChange{i, bytes.Clone(found[i]), bytes.Clone(wanted[i])})
+		}
+	}
+	return list
 }
 
 func selection(indices []int) tpm2.TPMLPCRSelection {
@@ -140,8 +140,8 @@ func (x *tx) checkBank(indices []int) error {
 // readPCRs reads the present state, in a session that proves who answers. One
 // command gives at most 8 values; the update counter shows if PCRs changed
 // between two.
-func (x *tx) readPCRs(indices []int) (pcrSet, error) {
-	var set pcrSet
+func (x *tx) readPCRs(indices []int) (policy.State, error) {
+	set := policy.State{}
 	var counter uint32
 	for batch := range slices.Chunk(indices, 8) {
 		rsp, err := run(x, tpm2.PCRRead{PCRSelectionIn: selection(batch)}, x.srk.witness())
@@ -151,7 +151,7 @@ func (x *tx) readPCRs(indices []int) (pcrSet, error) {
 		if !bytes.Equal(tpm2.Marshal(rsp.PCRSelectionOut), tpm2.Marshal(selection(batch))) || len(rsp.PCRValues.Digests) != len(batch) {
 			return nil, fmt.Errorf("the TPM gave %d of the SHA-256 values of PCRs %v: that bank does not keep them all", len(rsp.PCRValues.Digests), batch)
 		}
-		if set != nil && rsp.PCRUpdateCounter != counter {
+		if len(set) > 0 && rsp.PCRUpdateCounter != counter {
 			return nil, fail(ClassTransient, "PCRs changed while they were read: try again")
 		}
 		counter = rsp.PCRUpdateCounter
@@ -159,45 +159,27 @@ func (x *tx) readPCRs(indices []int) (pcrSet, error) {
 			if len(d.Buffer) != sha256.Size {
 				return nil, fmt.Errorf("the TPM gave %d bytes for PCR %d, not %d", len(d.Buffer), batch[i], sha256.Size)
 			}
-			set = append(set, pcr{batch[i], [sha256.Size]byte(d.Buffer)})
+			set[batch[i]] = bytes.Clone(d.Buffer)
 		}
 	}
 	return set, nil
 }
 
-// inState lends fn a policy session that is satisfied if the host is in the state
-// want. If it is not, the error is a [PCRError].
-func (x *tx) inState(want pcrSet, fn func(policy tpm2.Session) error) error {
+// under lends fn a policy session that satisfies a rule. If the TPM refuses that, the
+// error says why.
+func (x *tx) under(r rule, fn func(session tpm2.Session) error) error {
 	s, _, err := tpm2.PolicySession(x, tpm2.TPMAlgSHA256, 16) // no secret passes on it: see srk.salted
 	if err != nil {
 		return x.explain("TPM2_StartAuthSession", err)
 	}
-	_, err = run(x, want.command(s.Handle()))
+	err = r.satisfy(x, s.Handle())
 	if err == nil {
 		err = fn(s)
 	}
 	x.flush(s.Handle())
 	var refused *CommandError
 	if errors.As(err, &refused) && (refused.Class() == ClassPolicy || refused.RC == tpm2.TPMRCPCRChanged) {
-		return x.nameChanged(want, err)
+		return r.explain(x, err)
 	}
 	return err
-}
-
-// nameChanged finds out which PCRs had a policy refused with err.
-func (x *tx) nameChanged(want pcrSet, err error) error {
-	found, readErr := x.readPCRs(want.indices())
-	if readErr != nil {
-		return errors.Join(err, readErr)
-	}
-	var changed []PCRChange
-	for i, p := range want {
-		if found[i].value != p.value {
-			changed = append(changed, PCRChange{p.index, bytes.Clone(found[i].value[:]), bytes.Clone(p.value[:])})
-		}
-	}
-	if changed == nil { // changed and changed back, or another policy
-		return err
-	}
-	return &PCRError{changed}
 }

@@ -58,12 +58,23 @@ func (x *tx) provision(p *Provisioned) error {
 	p.SRKName = bytes.Clone(x.srk.name.Buffer)
 	note(made, "storage root key %.6x… at handle %#x", p.SRKName[2:], uint32(x.srk.handle))
 
+	if x.authority != nil {
+		if made, err = x.provideCounter(); err != nil {
+			return err
+		}
+		note(made, "NV counter %#x of revocations", x.authority.Counter)
+	}
 	made, err = x.provideRoot()
 	if err != nil {
 		return err
 	}
-	p.NVRoot, p.PCRWanted = x.cfg.NVRoot, x.wanted.values()
-	note(made, "NV index %#x for the root, under PCRs %v", p.NVRoot, x.cfg.PCRs)
+	p.NVRoot = x.cfg.NVRoot
+	if x.authority != nil {
+		note(made, "NV index %#x for the root, under policies that %s signs", p.NVRoot, x.authority.fingerprint)
+	} else {
+		p.PCRWanted = x.wanted
+		note(made, "NV index %#x for the root, under PCRs %v", p.NVRoot, x.cfg.PCRs)
+	}
 
 	p.Identity = bytes.Clone(x.cfg.Identity)
 	if p.Identity == nil {
@@ -126,15 +137,16 @@ func (x *tx) persist(primary *srk, h tpm2.TPMHandle) error {
 }
 
 // provideRoot finds or defines the NV index of the root, and sets x.wanted where
-// it was not given.
+// it was not given and no authority says.
 func (x *tx) provideRoot() (made bool, err error) {
 	known := x.wanted != nil
-	if !known {
+	if x.rule == nil {
 		if x.wanted, err = x.readPCRs(x.cfg.PCRs); err != nil {
 			return false, err
 		}
+		x.rule = fixed(x.wanted)
 	}
-	found, err := x.readIndex()
+	found, err := x.readIndex(x.cfg.NVRoot)
 	switch {
 	case err != nil:
 		return false, err
@@ -155,7 +167,7 @@ func (x *tx) provideRoot() (made bool, err error) {
 }
 
 func (x *tx) defineRoot() error {
-	public, err := x.rootPublic(x.wanted, false)
+	public, err := x.rootPublic(false)
 	if err != nil {
 		return err
 	}

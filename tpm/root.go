@@ -13,7 +13,7 @@ import (
 
 // Root gives the host's erasable secret, 32 bytes. If none was ever set, the error
 // has NoRoot() bool; if the host is in another measured state than when it was
-// provisioned, it is a [PCRError].
+// provisioned, it is a [PCRError], or a [PolicyError] if signed policies say.
 func (t *TPM) Root(ctx context.Context) (*secret.Bytes, error) {
 	var root *secret.Bytes
 	err := t.transact(ctx, "reading the root", func(x *tx) (err error) {
@@ -82,10 +82,10 @@ func (x *tx) readRoot() (*secret.Bytes, error) {
 		return nil, err
 	}
 	var root *secret.Bytes
-	err = x.inState(x.wanted, func(policy tpm2.Session) error {
+	err = x.under(x.rule, func(session tpm2.Session) error {
 		index := tpm2.TPMHandle(x.cfg.NVRoot)
 		rsp, err := run(x, tpm2.NVRead{
-			AuthHandle: tpm2.AuthHandle{Handle: index, Name: name, Auth: policy},
+			AuthHandle: tpm2.AuthHandle{Handle: index, Name: name, Auth: session},
 			NVIndex:    tpm2.NamedHandle{Handle: index, Name: name},
 			Size:       KeySize,
 		}, x.srk.encryptOut())
@@ -111,7 +111,7 @@ func (x *tx) writeRoot(next *secret.Bytes, sent *bool) error {
 	if err != nil {
 		return err
 	}
-	return x.inState(x.wanted, func(policy tpm2.Session) error {
+	return x.under(x.rule, func(session tpm2.Session) error {
 		if err := x.ctx.Err(); err != nil {
 			return err
 		}
@@ -122,7 +122,7 @@ func (x *tx) writeRoot(next *secret.Bytes, sent *bool) error {
 			defer clear(data)
 			*sent = true
 			_, err := run(x, tpm2.NVWrite{
-				AuthHandle: tpm2.AuthHandle{Handle: index, Name: name, Auth: policy},
+				AuthHandle: tpm2.AuthHandle{Handle: index, Name: name, Auth: session},
 				NVIndex:    tpm2.NamedHandle{Handle: index, Name: name},
 				Data:       tpm2.TPM2BMaxNVBuffer{Buffer: data},
 			}, x.srk.encryptIn())
@@ -131,10 +131,10 @@ func (x *tx) writeRoot(next *secret.Bytes, sent *bool) error {
 	})
 }
 
-// rootPublic is the NV index of the root: to be read and written under the policy
-// of state only, whole, and by nobody's password.
-func (x *tx) rootPublic(state pcrSet, written bool) (tpm2.TPMSNVPublic, error) {
-	policy, err := state.policy()
+// rootPublic is the NV index of the root: to be read and written under the rule
+// only, whole, and by nobody's password.
+func (x *tx) rootPublic(written bool) (tpm2.TPMSNVPublic, error) {
+	digest, err := x.rule.authPolicy()
 	return tpm2.TPMSNVPublic{
 		NVIndex: tpm2.TPMHandle(x.cfg.NVRoot),
 		NameAlg: tpm2.TPMAlgSHA256,
@@ -146,14 +146,14 @@ func (x *tx) rootPublic(state pcrSet, written bool) (tpm2.TPMSNVPublic, error) {
 			Written:     written,
 			NT:          tpm2.TPMNTOrdinary,
 		},
-		AuthPolicy: tpm2.TPM2BDigest{Buffer: policy},
+		AuthPolicy: tpm2.TPM2BDigest{Buffer: digest},
 		DataSize:   KeySize,
 	}, err
 }
 
-// readIndex reads what is defined at the root's index; nil if nothing is.
-func (x *tx) readIndex() (*tpm2.TPMSNVPublic, error) {
-	rsp, err := run(x, tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(x.cfg.NVRoot)})
+// readIndex reads what is defined at an NV index; nil if nothing is.
+func (x *tx) readIndex(index uint32) (*tpm2.TPMSNVPublic, error) {
+	rsp, err := run(x, tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(index)})
 	var refused *CommandError
 	if errors.As(err, &refused) && refused.RC.Is(tpm2.TPMRCHandle) {
 		return nil, nil
@@ -173,7 +173,7 @@ func (x *tx) readIndex() (*tpm2.TPMSNVPublic, error) {
 // with weaker attributes is neither read nor written.
 func (x *tx) rootName() (tpm2.TPM2BName, error) {
 	var none tpm2.TPM2BName
-	found, err := x.readIndex()
+	found, err := x.readIndex(x.cfg.NVRoot)
 	if err != nil {
 		return none, err
 	}
@@ -181,7 +181,7 @@ func (x *tx) rootName() (tpm2.TPM2BName, error) {
 		return none, fail(ClassLost, "NV index %#x is not defined any more: the TPM's owner removed it and the root with it, "+
 			"and the shares under it are lost; provision anew and reshare the host's keys", x.cfg.NVRoot)
 	}
-	ours, err := x.rootPublic(x.wanted, found.Attributes.Written)
+	ours, err := x.rootPublic(found.Attributes.Written)
 	if err != nil {
 		return none, err
 	}

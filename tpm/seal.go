@@ -12,13 +12,15 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	"conseal/internal/secret"
+	"conseal/tpm/policy"
 )
 
-// sealed is what a blob holds: a sealed data object of the TPM and the state in
-// which it opens. The public part is not stored but built from these, so that no
-// blob can carry attributes or a policy that we did not choose.
+// sealed is what a blob holds: a sealed data object of the TPM, and the state in
+// which it opens unless signed policies say that. The public part is not stored but
+// built from these, so that no blob can carry attributes or a policy that we did not
+// choose.
 type sealed struct {
-	state   pcrSet
+	state   policy.State      // nil: signed policies say
 	unique  [sha256.Size]byte // binds the private part to the public one
 	private []byte            // encrypted and authenticated by the TPM under the SRK
 }
@@ -27,15 +29,18 @@ type sealed struct {
 const KeySize = 32
 
 // Seal makes a fresh 32-byte key and the blob from which only this TPM gets it
-// back, only while the configured PCRs have the values that they have now, and
-// only under the same id.
+// back, only under the same id, and only while a signed policy allows it or, without
+// an authority, while the configured PCRs have the values that they have now.
 func (t *TPM) Seal(ctx context.Context, id string) (*secret.Bytes, []byte, error) {
 	key := secret.Random(KeySize)
 	var blob []byte
 	err := t.transact(ctx, fmt.Sprintf("sealing a key for %q", id), func(x *tx) error {
-		state, err := x.readPCRs(t.cfg.PCRs)
-		if err != nil {
-			return err
+		var state policy.State
+		if t.authority == nil {
+			var err error
+			if state, err = x.readPCRs(t.cfg.PCRs); err != nil {
+				return err
+			}
 		}
 		return key.Use(func(k []byte) error {
 			s, err := x.seal(state, bytes.Join([][]byte{k, idDigest(id)}, nil))
@@ -54,7 +59,7 @@ func (t *TPM) Seal(ctx context.Context, id string) (*secret.Bytes, []byte, error
 }
 
 // Open gives back the key of a blob that Seal made under the same id. If the host
-// is in another measured state the error is a [PCRError].
+// is in another measured state the error is a [PCRError] or a [PolicyError].
 func (t *TPM) Open(ctx context.Context, id string, blob []byte) (*secret.Bytes, error) {
 	what := fmt.Sprintf("opening the sealed key for %q", id)
 	s, err := decodeSealed(blob)
@@ -81,9 +86,9 @@ func idDigest(id string) []byte {
 }
 
 // seal wipes payload, which has at most 128 bytes.
-func (x *tx) seal(state pcrSet, payload []byte) (*sealed, error) {
+func (x *tx) seal(state policy.State, payload []byte) (*sealed, error) {
 	defer clear(payload)
-	public, err := sealedPublic(state, nil)
+	public, err := sealedPublic(x.ruleFor(state), nil)
 	if err != nil {
 		return nil, err
 	}
@@ -106,7 +111,7 @@ func (x *tx) seal(state pcrSet, payload []byte) (*sealed, error) {
 	if err != nil || copy(s.unique[:], unique.Buffer) != len(s.unique) {
 		return nil, x.distrust("TPM2_Create", fmt.Errorf("unusable unique field: %w", err))
 	}
-	again, err := sealedPublic(state, s.unique[:])
+	again, err := sealedPublic(x.ruleFor(state), s.unique[:])
 	if err != nil || !bytes.Equal(tpm2.Marshal(*made), tpm2.Marshal(again)) {
 		return nil, x.distrust("TPM2_Create", fmt.Errorf("it made another object than it was told to: %w", err))
 	}
@@ -115,13 +120,17 @@ func (x *tx) seal(state pcrSet, payload []byte) (*sealed, error) {
 
 // unseal lends fn the payload.
 func (x *tx) unseal(s *sealed, fn func(payload []byte) error) error {
-	public, err := sealedPublic(s.state, s.unique[:])
+	if (s.state == nil) != (x.authority != nil) {
+		return fail(ClassCorrupt, "the blob was sealed with a policy key and this host is configured without, or the other way round")
+	}
+	r := x.ruleFor(s.state)
+	public, err := sealedPublic(r, s.unique[:])
 	if err != nil {
 		return err
 	}
 	return x.withLoaded(public, s.private, func(object tpm2.AuthHandle) error {
-		return x.inState(s.state, func(policy tpm2.Session) error {
-			object.Auth = policy
+		return x.under(r, func(session tpm2.Session) error {
+			object.Auth = session
 			rsp, err := run(x, tpm2.Unseal{ItemHandle: object}, x.srk.encryptOut())
 			if err != nil {
 				return err
@@ -151,10 +160,18 @@ func (x *tx) withLoaded(public tpm2.TPMTPublic, private []byte, fn func(tpm2.Aut
 	return fn(tpm2.AuthHandle{Handle: rsp.ObjectHandle, Name: *name, Auth: tpm2.PasswordAuth(nil)})
 }
 
-// sealedPublic is the public part of a sealed data object that opens in state
+// ruleFor is the rule of a blob of ours.
+func (x *tx) ruleFor(state policy.State) rule {
+	if state == nil {
+		return x.authority
+	}
+	return fixed(state)
+}
+
+// sealedPublic is the public part of a sealed data object that opens under a rule
 // only. UserWithAuth is clear: without it the policy is the only way in.
-func sealedPublic(state pcrSet, unique []byte) (tpm2.TPMTPublic, error) {
-	policy, err := state.policy()
+func sealedPublic(r rule, unique []byte) (tpm2.TPMTPublic, error) {
+	digest, err := r.authPolicy()
 	return tpm2.TPMTPublic{
 		Type:    tpm2.TPMAlgKeyedHash,
 		NameAlg: tpm2.TPMAlgSHA256,
@@ -164,7 +181,7 @@ func sealedPublic(state pcrSet, unique []byte) (tpm2.TPMTPublic, error) {
 			AdminWithPolicy: true,
 			NoDA:            true,
 		},
-		AuthPolicy: tpm2.TPM2BDigest{Buffer: policy},
+		AuthPolicy: tpm2.TPM2BDigest{Buffer: digest},
 		Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgKeyedHash, &tpm2.TPMSKeyedHashParms{
 			Scheme: tpm2.TPMTKeyedHashScheme{Scheme: tpm2.TPMAlgNull},
 		}),
@@ -172,8 +189,9 @@ func sealedPublic(state pcrSet, unique []byte) (tpm2.TPMTPublic, error) {
 	}, err
 }
 
-// The blob: magic, number of PCRs (1 byte), for each its index (1) and value (32),
-// unique (32), length of the private part (2, big endian), private part.
+// The blob: magic, number of PCRs (1 byte; 0 if signed policies say), for each its
+// index (1) and value (32), unique (32), length of the private part (2, big endian),
+// private part.
 const (
 	sealedMagic = "conseal tpm sealed 1\n"
 	maxPrivate  = 1024 // a sealed data object's has about 200 bytes
@@ -181,8 +199,8 @@ const (
 
 func (s *sealed) encode() []byte {
 	b := append([]byte(sealedMagic), byte(len(s.state)))
-	for _, p := range s.state {
-		b = append(append(b, byte(p.index)), p.value[:]...)
+	for _, i := range s.state.Indices() {
+		b = append(append(b, byte(i)), s.state[i]...)
 	}
 	b = append(b, s.unique[:]...)
 	b = binary.BigEndian.AppendUint16(b, uint16(len(s.private)))
@@ -195,15 +213,18 @@ func decodeSealed(blob []byte) (*sealed, error) {
 	if string(r.take(len(sealedMagic))) != sealedMagic {
 		return nil, fail(ClassCorrupt, "not a blob that this version sealed; %s", advice[ClassCorrupt])
 	}
+	var indices []int
 	for range r.byte() {
-		p := pcr{index: int(r.byte())}
-		copy(p.value[:], r.take(len(p.value)))
-		s.state = append(s.state, p)
+		if s.state == nil {
+			s.state = policy.State{}
+		}
+		i := int(r.byte())
+		indices = append(indices, i)
+		s.state[i] = bytes.Clone(r.take(sha256.Size))
 	}
 	copy(s.unique[:], r.take(len(s.unique)))
 	s.private = r.private()
-	indices := s.state.indices()
-	if !r.done() || !slices.IsSorted(indices) || checkPCRs(indices) != nil {
+	if !r.done() || !slices.IsSorted(indices) || s.state != nil && checkPCRs(indices) != nil {
 		return nil, fail(ClassCorrupt, "the sealed blob is malformed; %s", advice[ClassCorrupt])
 	}
 	return &s, nil

@@ -24,6 +24,8 @@ import (
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
+
+	"conseal/tpm/policy"
 )
 
 const (
@@ -57,8 +59,12 @@ type Config struct {
 	// another's key, which is never evicted; zero is [DefaultSRKHandle].
 	SRKHandle uint32
 
+	// Authority, if set, signs policies that say in which states the host may open
+	// what is sealed; else that is the state in which it was provisioned.
+	Authority *Authority
+
 	// SRKName, PCRWanted and Identity are what [Provision] returned. Open needs
-	// the first two. Provision makes what is nil, and holds the TPM to the rest.
+	// the first two, the second without an Authority. Provision makes what is nil, and holds the TPM to the rest.
 	SRKName   []byte
 	PCRWanted map[int][]byte
 	Identity  []byte
@@ -72,7 +78,10 @@ type Config struct {
 type TPM struct {
 	cfg    Config // checked, with defaults filled in; not changed afterwards
 	addr   address
-	wanted pcrSet // the policy of the NV root
+	wanted policy.State // of the NV root without an authority
+
+	authority *authority
+	rule      rule // of the NV root; nil if it is not known yet
 
 	turn   chan struct{} // one slot; who filled it owns what follows
 	conn   *conn         // nil: dialled by the next transaction
@@ -91,7 +100,7 @@ func Open(ctx context.Context, cfg Config) (*TPM, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(cfg.SRKName) == 0 || t.wanted == nil {
+	if len(cfg.SRKName) == 0 || t.rule == nil {
 		return nil, errors.New("tpm: the SRK's name and the PCR values of the root are not known: provision the TPM and keep what that returns")
 	}
 	err = t.transact(ctx, "opening", func(x *tx) error {
@@ -133,7 +142,17 @@ func newTPM(cfg Config) (*TPM, error) {
 	case cfg.SRKHandle < 0x81000000 || cfg.SRKHandle > 0x817fffff:
 		return nil, fmt.Errorf("tpm: %#x is not a persistent handle of the owner: those are 0x81000000 to 0x817fffff", cfg.SRKHandle)
 	}
-	return &TPM{cfg: cfg, addr: addr, wanted: wanted, turn: make(chan struct{}, 1)}, nil
+	t := &TPM{cfg: cfg, addr: addr, wanted: wanted, turn: make(chan struct{}, 1)}
+	switch {
+	case cfg.Authority != nil:
+		if t.authority, err = newAuthority(cfg.Authority); err != nil {
+			return nil, err
+		}
+		t.rule = t.authority
+	case wanted != nil:
+		t.rule = fixed(wanted)
+	}
+	return t, nil
 }
 
 // Name says which TPM it is: "tpm device:/dev/tpmrm0".

@@ -1,0 +1,4 @@
+package policy
+
+// Signatures lets tests compare statements whole.
+type Signatures = signatures
