@@ -212,7 +212,7 @@ func (l *lab) untilActive(names ...string) {
 // until waits for something that comes by itself.
 func (l *lab) until(what string, there func() bool) {
 	l.t.Helper()
-	patience := time.NewTimer(30 * time.Second)
+	patience := time.NewTimer(3 * time.Minute) // it only ends what hangs
 	defer patience.Stop()
 	look := time.NewTicker(5 * time.Millisecond)
 	defer look.Stop()
