@@ -33,6 +33,7 @@ type Options struct {
 	Config    *config.Host
 	Roster    *config.Roster
 	Protector vault.Protector
+	Seal      SealControl   // nil where the protector does not open by signed policies
 	Identity  crypto.Signer // ECDSA P-256, in the hardware
 	Version   string
 	Log       *slog.Logger
@@ -44,6 +45,7 @@ type Agent struct {
 	config    *config.Host
 	roster    *config.Roster
 	protector vault.Protector
+	seal      SealControl
 	identity  crypto.Signer
 	version   string
 	log       *slog.Logger
@@ -65,7 +67,8 @@ type Agent struct {
 
 	vault      atomic.Pointer[vault.Vault] // nil until the hardware opens it
 	vaultError atomic.Pointer[string]
-	vaultRetry retry // owned by reconcile
+	vaultRetry retry       // owned by reconcile
+	vaultNow   atomic.Bool // do not wait for vaultRetry
 
 	complaints complaints
 
@@ -80,7 +83,7 @@ func New(o Options) (*Agent, error) {
 		return nil, errors.New("the roster is not signed: this version runs with unsigned rosters only, and only where the configuration says `insecure_lab = true`")
 	}
 	a := &Agent{
-		self: protocol.HostID(o.Config.Name), config: o.Config, roster: o.Roster, protector: o.Protector,
+		self: protocol.HostID(o.Config.Name), config: o.Config, roster: o.Roster, protector: o.Protector, seal: o.Seal,
 		identity: o.Identity, version: o.Version, log: o.Log, started: time.Now(), digest: o.Roster.Digest(),
 		keys: map[string]*key{}, wake: make(chan struct{}, 1), peers: map[protocol.HostID]uint64{},
 		sessions:   newSessions(o.Config.Limits.SessionsPerPeer),
@@ -197,7 +200,7 @@ func (a *Agent) Run(ctx context.Context) error {
 // openVault opens the vault if it is not open. While the hardware refuses (a PCR
 // changed, a token is away), the agent runs on, says so, and tries again.
 func (a *Agent) openVault(ctx context.Context) {
-	if a.vault.Load() != nil || time.Now().Before(a.vaultRetry.after) {
+	if a.vault.Load() != nil || !a.vaultNow.Swap(false) && time.Now().Before(a.vaultRetry.after) {
 		return
 	}
 	v, err := vault.Open(ctx, VaultFolder(a.config), a.config.Name, a.protector)

@@ -57,6 +57,7 @@ func (a *Agent) listen() (*sockets, error) {
 	admin := http.NewServeMux()
 	admin.Handle(apipbconnect.NewSignerHandler(signerAPI{a, true}, a.handlerOptions()...))
 	admin.Handle(apipbconnect.NewAdminHandler(adminAPI{a}, a.handlerOptions()...))
+	admin.Handle(apipbconnect.NewSealHandler(sealAPI{a}, a.handlerOptions()...))
 	s := &sockets{}
 	for _, socket := range []struct {
 		path, group string

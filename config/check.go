@@ -71,6 +71,13 @@ func (t *TPM) check(r *report) {
 	r.device("protector.tpm.device", t.Device)
 	r.pcrs("protector.tpm.pcrs", t.PCRs)
 	r.handle("protector.tpm.nv_root", t.NVRoot, 0x01800000, 0x01bfffff)
+	if t.PolicyKey != "" {
+		r.absolute("protector.tpm.policy_key", t.PolicyKey)
+	}
+	r.handle("protector.tpm.nv_counter", t.NVCounter, 0x01800000, 0x01bfffff)
+	if t.NVCounter == t.NVRoot {
+		r.add("protector.tpm.nv_counter", "is nv_root too: they need an index each")
+	}
 	r.handle("protector.tpm.srk_handle", t.SRKHandle, 0x81000000, 0x817fffff)
 	r.lasts("protector.tpm.timeout", t.Timeout, time.Second, 10*time.Minute)
 }

@@ -80,6 +80,15 @@ type TPM struct {
 	// NVRoot is the NV index of the erasable root, one of the owner's: 0x01800000
 	// to 0x01bfffff. Two agents on one TPM need two. Default: 0x01800600.
 	NVRoot uint32 `toml:"nv_root"`
+	// PolicyKey is a file with the public key (P-256; PEM, or ssh-keygen's .pub) by
+	// which a security team signs seal policies: they then say in which states the
+	// host's shares open, and PCRs only what is measured for them. It cannot be changed
+	// once the host was initialised. Default: none; shares open in the state in which
+	// the host was initialised, and in no other.
+	PolicyKey string `toml:"policy_key"`
+	// NVCounter is the NV index of the counter that revokes seal policies, as NVRoot.
+	// Default: 0x01800601.
+	NVCounter uint32 `toml:"nv_counter"`
 	// SRKHandle is the persistent handle of the storage root key, 0x81000000 to
 	// 0x817fffff. A key of another kind that is there already is never evicted:
 	// choose another handle. Default: 0x81000001.
@@ -160,6 +169,7 @@ func Default() *Host {
 				Device:    "device:/dev/tpmrm0",
 				PCRs:      []int{0, 2, 4, 7},
 				NVRoot:    0x01800600,
+				NVCounter: 0x01800601,
 				SRKHandle: 0x81000001,
 				Timeout:   30 * time.Second,
 			},

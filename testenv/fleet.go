@@ -19,6 +19,10 @@ import (
 // Fleet is a fleet of real agents, each a process with hardware, files and
 // sockets of its own, on loopback addresses of its own.
 type Fleet struct {
+	// Team signs the seal policies of hosts with a TPM; none unless Key is set before
+	// [Fleet.Init].
+	Team Team
+
 	Dir    string
 	Hosts  []*Host
 	Bin    Binaries
@@ -45,6 +49,10 @@ type Host struct {
 	log     *os.File
 	client  *api.Client
 }
+
+// Team is a security team: a key of ssh-keygen, with .pub beside it, and the file of
+// its passphrase.
+type Team struct{ Key, Passphrase string }
 
 // Binaries are the built programs.
 type Binaries struct{ Agent, Client string }
@@ -140,6 +148,9 @@ func (f *Fleet) RosterFile() string { return filepath.Join(f.Dir, "roster.toml")
 // WriteConfig writes the host's configuration.
 func (h *Host) WriteConfig() error {
 	protector := fmt.Sprintf("[protector]\nkind = \"tpm\"\n[protector.tpm]\ndevice = %q\n", "")
+	if h.fleet.Team.Key != "" {
+		protector += fmt.Sprintf("policy_key = %q\n", h.fleet.Team.Key+".pub")
+	}
 	if h.Protector == "hsm" {
 		protector = fmt.Sprintf("[protector]\nkind = \"hsm\"\n[protector.hsm]\nuri = %q\nmodules = [%q]\n", h.Token.URI, h.Token.Module)
 	} else {
@@ -165,13 +176,21 @@ func (h *Host) Init(ctx context.Context) error {
 	if err := h.WriteConfig(); err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(ctx, h.fleet.Bin.Agent, "init", "--json", "--config", h.ConfigFile())
-	cmd.Env = h.environ()
-	var stderr strings.Builder
-	cmd.Stderr = &stderr
-	out, err := cmd.Output()
+	out, err := h.init(ctx)
+	if h.Protector == "tpm" && h.fleet.Team.Key != "" {
+		if err == nil {
+			return fmt.Errorf("conseald init on %s finished before a policy was signed", h.Name)
+		}
+		policy := filepath.Join(h.Dir, "policy.toml")
+		cmd := exec.CommandContext(ctx, h.fleet.Bin.Client, "seal", "sign", "--measurement", filepath.Join(h.State(), "measurement.toml"),
+			"--key", h.fleet.Team.Key, "--passphrase", "file:"+h.fleet.Team.Passphrase, "--comment", "as installed", "--output", policy)
+		if said, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("signing a seal policy for %s: %w: %s", h.Name, err, said)
+		}
+		out, err = h.init(ctx, "--policy", policy)
+	}
 	if err != nil {
-		return fmt.Errorf("conseald init on %s: %w: %s", h.Name, err, stderr.String())
+		return err
 	}
 	var said struct{ Identity string }
 	if err := json.Unmarshal(out, &said); err != nil {
@@ -179,6 +198,18 @@ func (h *Host) Init(ctx context.Context) error {
 	}
 	h.Identity = said.Identity
 	return nil
+}
+
+func (h *Host) init(ctx context.Context, flags ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, h.fleet.Bin.Agent, append([]string{"init", "--json", "--config", h.ConfigFile()}, flags...)...)
+	cmd.Env = h.environ()
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("conseald init on %s: %w: %s", h.Name, err, stderr.String())
+	}
+	return out, nil
 }
 
 func (h *Host) environ() []string {

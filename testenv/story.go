@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -23,11 +24,14 @@ import (
 // Beside testscript's own, a story has these commands:
 //
 //	say TEXT               tell the reader something
+//	team KEY PASSPHRASE    let the fleet that comes next have seal policies, signed with a key of ssh-keygen; both are files
 //	fleet KIND...          make hosts alpha, beta, gamma, ... with a tpm or an hsm each, and initialise them
 //	key NAME SCHEME T      declare a key of all hosts with quorum T; the roster is written with the next `up`
 //	up [HOST...]           start agents, all unless named
 //	down [HOST...]         stop agents in order, all unless named
 //	crash HOST...          end agents as a power cut would
+//	measure HOST N TEXT    have a host measure something into PCR N, as a changed boot would
+//	reboot HOST...         restart the TPMs of hosts that are down: their PCRs are as at first
 //	ready KEY              wait until all running agents have the key ready
 //	on HOST                let conseal talk to this host's sockets from now on
 //	run PROGRAM ARG...     run a program and show what it prints; `! run` wants it to fail
@@ -49,7 +53,7 @@ func Stories(ctx context.Context, bin Binaries, dir string, live io.Writer) (p t
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"say": s.say, "fleet": s.fleet, "key": s.key, "up": s.up, "down": s.down,
+			"say": s.say, "team": s.team, "fleet": s.fleet, "measure": s.measure, "reboot": s.reboot, "key": s.key, "up": s.up, "down": s.down,
 			"crash": s.crash, "ready": s.ready, "on": s.on, "run": s.run, "end": s.end,
 		},
 	}
@@ -64,6 +68,7 @@ type fleetKey struct{}
 // story is one script's state.
 type story struct {
 	fleet   *Fleet
+	team    Team
 	version int
 	written string // the keys that the roster has
 }
@@ -102,6 +107,7 @@ func (s *storyteller) fleet(ts *testscript.TestScript, neg bool, kinds []string)
 		if st.fleet, err = NewFleet(ctx, s.bin, kinds...); err != nil {
 			return err
 		}
+		st.fleet.Team = st.team
 		if err := st.fleet.Init(ctx); err != nil {
 			return err
 		}
@@ -110,6 +116,54 @@ func (s *storyteller) fleet(ts *testscript.TestScript, neg bool, kinds []string)
 			s.tell("   %s: %s, identity %.23s...", h.Name, map[string]string{"tpm": "swtpm", "hsm": "SoftHSM"}[h.Protector], h.Identity)
 		}
 		ts.Setenv("ROSTER", st.fleet.RosterFile())
+		return nil
+	})
+}
+
+func (s *storyteller) team(ts *testscript.TestScript, neg bool, args []string) {
+	s.step(ts, neg, func(_ context.Context, st *story) error {
+		if len(args) != 2 || st.fleet != nil {
+			return errors.New("usage, before fleet: team KEY PASSPHRASE")
+		}
+		st.team = Team{ts.MkAbs(args[0]), ts.MkAbs(args[1])}
+		return nil
+	})
+}
+
+func (s *storyteller) measure(ts *testscript.TestScript, neg bool, args []string) {
+	s.step(ts, neg, func(_ context.Context, st *story) error {
+		if len(args) != 3 {
+			return errors.New("usage, after fleet: measure HOST PCR TEXT")
+		}
+		hosts, err := s.hosts(st, args[:1])
+		if err != nil {
+			return err
+		}
+		pcr, err := strconv.Atoi(args[1])
+		if err != nil || hosts[0].Tap == nil {
+			return fmt.Errorf("host %s has no PCR %s", args[0], args[1])
+		}
+		s.tell("   %s measures %q into PCR %d", args[0], args[2], pcr)
+		return hosts[0].Tap.Extend(pcr, args[2])
+	})
+}
+
+func (s *storyteller) reboot(ts *testscript.TestScript, neg bool, names []string) {
+	s.step(ts, neg, func(ctx context.Context, st *story) error {
+		hosts, err := s.hosts(st, names)
+		if err != nil || len(names) == 0 {
+			return errors.Join(errors.New("usage, after fleet: reboot HOST [HOST...]"), err)
+		}
+		for _, h := range hosts {
+			if h.TPM == nil || h.Running() {
+				return fmt.Errorf("host %s runs, or has no TPM", h.Name)
+			}
+			if err := h.TPM.Restart(ctx); err != nil {
+				return err
+			}
+			h.Tap.Connect(h.TPM)
+			s.tell("   %s starts again", h.Name)
+		}
 		return nil
 	})
 }

@@ -35,6 +35,7 @@ const (
 type Client struct {
 	signer apipbconnect.SignerClient
 	admin  apipbconnect.AdminClient
+	seal   apipbconnect.SealClient
 	http   *http.Client
 }
 
@@ -52,6 +53,7 @@ func Dial(path string) *Client {
 	return &Client{
 		signer: apipbconnect.NewSignerClient(hc, url, options),
 		admin:  apipbconnect.NewAdminClient(hc, url, options),
+		seal:   apipbconnect.NewSealClient(hc, url, options),
 		http:   hc,
 	}
 }
@@ -89,6 +91,26 @@ func (c *Client) ListKeys(ctx context.Context) ([]*apipb.Key, error) {
 func (c *Client) Status(ctx context.Context) (*apipb.StatusResponse, error) {
 	r, err := c.admin.Status(ctx, &apipb.StatusRequest{})
 	return r, Explain(err)
+}
+
+// Measure describes the host's measured state in a document for its security team. It
+// is served on the admin socket, as what follows.
+func (c *Client) Measure(ctx context.Context) ([]byte, error) {
+	r, err := c.seal.Measure(ctx, &apipb.MeasureRequest{})
+	return r.GetDocument(), Explain(err)
+}
+
+// Policies says which seal policies the host has, and which of them open its TPM now.
+func (c *Client) Policies(ctx context.Context) (*apipb.PoliciesResponse, error) {
+	r, err := c.seal.Policies(ctx, &apipb.PoliciesRequest{})
+	return r, Explain(err)
+}
+
+// InstallPolicy gives the host a signed seal policy, or a signed revocation, and
+// returns what it did in words.
+func (c *Client) InstallPolicy(ctx context.Context, document []byte) (string, error) {
+	r, err := c.seal.Install(ctx, &apipb.InstallRequest{Document: document})
+	return r.GetDone(), Explain(err)
 }
 
 // Error is what an agent answered instead of a result.

@@ -20,6 +20,7 @@ import (
 // hardware is the TPM or HSM of this host, opened.
 type hardware struct {
 	protector vault.Protector
+	seal      *sealPolicies // nil unless signed policies say when the TPM opens
 	identity  crypto.Signer
 	close     func() error
 }
@@ -40,9 +41,16 @@ func openTPM(ctx context.Context, c *config.Host) (*hardware, error) {
 	if err != nil {
 		return nil, err
 	}
-	t, err := tpm.Open(ctx, tpmConfig(c, kept))
+	seal, err := openSealPolicies(c)
 	if err != nil {
 		return nil, err
+	}
+	t, err := tpm.Open(ctx, tpmConfig(c, kept, seal))
+	if err != nil {
+		return nil, err
+	}
+	if seal != nil {
+		seal.t = t
 	}
 	closeTPM := func() error {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
@@ -53,7 +61,7 @@ func openTPM(ctx context.Context, c *config.Host) (*hardware, error) {
 	if err != nil {
 		return nil, errors.Join(err, closeTPM())
 	}
-	return &hardware{t, identity, closeTPM}, nil
+	return &hardware{t, seal, identity, closeTPM}, nil
 }
 
 func openHSM(ctx context.Context, c *config.Host) (*hardware, error) {
@@ -66,7 +74,7 @@ func openHSM(ctx context.Context, c *config.Host) (*hardware, error) {
 		h.Close()
 		return nil, err
 	}
-	return &hardware{h, identity, func() error { h.Close(); return nil }}, nil
+	return &hardware{h, nil, identity, func() error { h.Close(); return nil }}, nil
 }
 
 func hsmConfig(c *config.Host) hsm.Config {
@@ -78,11 +86,11 @@ func hsmConfig(c *config.Host) hsm.Config {
 
 func hsmFolder(c *config.Host) string { return filepath.Join(c.State, "hsm") }
 
-func tpmConfig(c *config.Host, kept *tpmRecord) tpm.Config {
+func tpmConfig(c *config.Host, kept *tpmRecord, seal *sealPolicies) tpm.Config {
 	t := &c.Protector.TPM
 	return tpm.Config{
 		Device: t.Device, Timeout: t.Timeout, PCRs: t.PCRs, NVRoot: t.NVRoot, SRKHandle: t.SRKHandle,
-		SRKName: kept.SRKName, PCRWanted: kept.PCRWanted, Identity: kept.Identity,
+		Authority: seal.authority(), SRKName: kept.SRKName, PCRWanted: kept.PCRWanted, Identity: kept.Identity,
 	}
 }
 

@@ -20,6 +20,7 @@ import (
 
 func initCommand(file *string, out io.Writer) *cobra.Command {
 	var asJSON bool
+	var policies []string
 	c := &cobra.Command{
 		Use:   "init",
 		Short: "Make this host's identity and vault in its hardware, and print its line for the roster",
@@ -29,13 +30,14 @@ and print the host's entry for the roster.
 A second run makes what is missing, changes nothing that is there, and prints
 the same entry.`,
 		Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error { return initialise(c.Context(), *file, out, asJSON) },
+		RunE: func(c *cobra.Command, _ []string) error { return initialise(c.Context(), *file, out, policies, asJSON) },
 	}
+	c.Flags().StringArrayVar(&policies, "policy", nil, "install a signed seal policy first; may be repeated")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON, for programs")
 	return c
 }
 
-func initialise(ctx context.Context, file string, out io.Writer, asJSON bool) error {
+func initialise(ctx context.Context, file string, out io.Writer, policies []string, asJSON bool) error {
 	c, err := config.Load(file)
 	if err != nil {
 		return err
@@ -54,10 +56,18 @@ func initialise(ctx context.Context, file string, out io.Writer, asJSON bool) er
 	if err != nil {
 		return err
 	}
-	step, err := createVault(ctx, c, hw.protector)
+	installed, err := hw.seal.installFiles(ctx, policies)
 	if err != nil {
 		return errors.Join(err, hw.close())
 	}
+	step, err := createVault(ctx, c, hw.protector)
+	if hw.seal != nil && tpm.ClassOf(err) == tpm.ClassPolicy {
+		err = hw.seal.unsigned(ctx, c, err)
+	}
+	if err != nil {
+		return errors.Join(err, hw.close())
+	}
+	steps = append(steps, installed...)
 	pin, err := config.PinOf(hw.identity.Public())
 	if err := errors.Join(err, hw.close()); err != nil {
 		return err
@@ -85,7 +95,11 @@ func provision(ctx context.Context, c *config.Host) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	p, err := tpm.Provision(ctx, tpmConfig(c, kept))
+	seal, err := openSealPolicies(c)
+	if err != nil {
+		return nil, err
+	}
+	p, err := tpm.Provision(ctx, tpmConfig(c, kept, seal))
 	if err != nil {
 		return nil, err
 	}

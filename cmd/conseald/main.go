@@ -102,9 +102,11 @@ func run(ctx context.Context, file string, logs io.Writer) error {
 	if err != nil {
 		return err
 	}
-	a, err := agent.New(agent.Options{
-		Config: c, Roster: roster, Protector: hw.protector, Identity: hw.identity, Version: version, Log: log,
-	})
+	options := agent.Options{Config: c, Roster: roster, Protector: hw.protector, Identity: hw.identity, Version: version, Log: log}
+	if hw.seal != nil {
+		options.Seal = hw.seal
+	}
+	a, err := agent.New(options)
 	if err == nil {
 		err = a.Run(ctx)
 	}

@@ -64,6 +64,16 @@ func (s State) Check() error {
 	return nil
 }
 
+// Fits tells whether a host with these values is in the state.
+func (s State) Fits(values State) bool {
+	for i, v := range s {
+		if !bytes.Equal(values[i], v) {
+			return false
+		}
+	}
+	return len(s) > 0
+}
+
 // Command is TPM2_PolicyPCR for the state.
 func (s State) Command(session tpm2.TPMHandle) tpm2.PolicyPCR {
 	h := sha256.New()

@@ -24,6 +24,439 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type MeasureRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MeasureRequest) Reset() {
+	*x = MeasureRequest{}
+	mi := &file_agent_api_conseal_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MeasureRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MeasureRequest) ProtoMessage() {}
+
+func (x *MeasureRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MeasureRequest.ProtoReflect.Descriptor instead.
+func (*MeasureRequest) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{0}
+}
+
+type MeasureResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A file for people and for `conseal seal sign`.
+	Document      []byte `protobuf:"bytes,1,opt,name=document,proto3" json:"document,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MeasureResponse) Reset() {
+	*x = MeasureResponse{}
+	mi := &file_agent_api_conseal_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MeasureResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MeasureResponse) ProtoMessage() {}
+
+func (x *MeasureResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MeasureResponse.ProtoReflect.Descriptor instead.
+func (*MeasureResponse) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *MeasureResponse) GetDocument() []byte {
+	if x != nil {
+		return x.Document
+	}
+	return nil
+}
+
+type PoliciesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PoliciesRequest) Reset() {
+	*x = PoliciesRequest{}
+	mi := &file_agent_api_conseal_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PoliciesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PoliciesRequest) ProtoMessage() {}
+
+func (x *PoliciesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PoliciesRequest.ProtoReflect.Descriptor instead.
+func (*PoliciesRequest) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{2}
+}
+
+type PoliciesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Fingerprint of the security team's key.
+	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// Policies below this version are revoked.
+	RevokedBelow uint64 `protobuf:"varint,2,opt,name=revoked_below,json=revokedBelow,proto3" json:"revoked_below,omitempty"`
+	// Newest first.
+	Policies []*Policy `protobuf:"bytes,3,rep,name=policies,proto3" json:"policies,omitempty"`
+	// Files that are no policies of the key, with the reason.
+	Broken        string `protobuf:"bytes,4,opt,name=broken,proto3" json:"broken,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PoliciesResponse) Reset() {
+	*x = PoliciesResponse{}
+	mi := &file_agent_api_conseal_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PoliciesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PoliciesResponse) ProtoMessage() {}
+
+func (x *PoliciesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PoliciesResponse.ProtoReflect.Descriptor instead.
+func (*PoliciesResponse) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *PoliciesResponse) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *PoliciesResponse) GetRevokedBelow() uint64 {
+	if x != nil {
+		return x.RevokedBelow
+	}
+	return 0
+}
+
+func (x *PoliciesResponse) GetPolicies() []*Policy {
+	if x != nil {
+		return x.Policies
+	}
+	return nil
+}
+
+func (x *PoliciesResponse) GetBroken() string {
+	if x != nil {
+		return x.Broken
+	}
+	return ""
+}
+
+type Policy struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Version uint64                 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
+	Comment string                 `protobuf:"bytes,2,opt,name=comment,proto3" json:"comment,omitempty"`
+	Signed  string                 `protobuf:"bytes,3,opt,name=signed,proto3" json:"signed,omitempty"` // RFC 3339
+	// Whether the TPM opens by it now.
+	Opens   bool `protobuf:"varint,4,opt,name=opens,proto3" json:"opens,omitempty"`
+	Revoked bool `protobuf:"varint,5,opt,name=revoked,proto3" json:"revoked,omitempty"`
+	// PCRs that it wants otherwise.
+	Changed       []*PCRChange `protobuf:"bytes,6,rep,name=changed,proto3" json:"changed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Policy) Reset() {
+	*x = Policy{}
+	mi := &file_agent_api_conseal_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Policy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Policy) ProtoMessage() {}
+
+func (x *Policy) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Policy.ProtoReflect.Descriptor instead.
+func (*Policy) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Policy) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *Policy) GetComment() string {
+	if x != nil {
+		return x.Comment
+	}
+	return ""
+}
+
+func (x *Policy) GetSigned() string {
+	if x != nil {
+		return x.Signed
+	}
+	return ""
+}
+
+func (x *Policy) GetOpens() bool {
+	if x != nil {
+		return x.Opens
+	}
+	return false
+}
+
+func (x *Policy) GetRevoked() bool {
+	if x != nil {
+		return x.Revoked
+	}
+	return false
+}
+
+func (x *Policy) GetChanged() []*PCRChange {
+	if x != nil {
+		return x.Changed
+	}
+	return nil
+}
+
+type PCRChange struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Pcr   uint32                 `protobuf:"varint,1,opt,name=pcr,proto3" json:"pcr,omitempty"`
+	// What is measured into it.
+	Words         string `protobuf:"bytes,2,opt,name=words,proto3" json:"words,omitempty"`
+	Found         []byte `protobuf:"bytes,3,opt,name=found,proto3" json:"found,omitempty"`
+	Wanted        []byte `protobuf:"bytes,4,opt,name=wanted,proto3" json:"wanted,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PCRChange) Reset() {
+	*x = PCRChange{}
+	mi := &file_agent_api_conseal_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PCRChange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PCRChange) ProtoMessage() {}
+
+func (x *PCRChange) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PCRChange.ProtoReflect.Descriptor instead.
+func (*PCRChange) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *PCRChange) GetPcr() uint32 {
+	if x != nil {
+		return x.Pcr
+	}
+	return 0
+}
+
+func (x *PCRChange) GetWords() string {
+	if x != nil {
+		return x.Words
+	}
+	return ""
+}
+
+func (x *PCRChange) GetFound() []byte {
+	if x != nil {
+		return x.Found
+	}
+	return nil
+}
+
+func (x *PCRChange) GetWanted() []byte {
+	if x != nil {
+		return x.Wanted
+	}
+	return nil
+}
+
+type InstallRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Document      []byte                 `protobuf:"bytes,1,opt,name=document,proto3" json:"document,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InstallRequest) Reset() {
+	*x = InstallRequest{}
+	mi := &file_agent_api_conseal_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InstallRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InstallRequest) ProtoMessage() {}
+
+func (x *InstallRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InstallRequest.ProtoReflect.Descriptor instead.
+func (*InstallRequest) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *InstallRequest) GetDocument() []byte {
+	if x != nil {
+		return x.Document
+	}
+	return nil
+}
+
+type InstallResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What was done, for people.
+	Done          string `protobuf:"bytes,1,opt,name=done,proto3" json:"done,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InstallResponse) Reset() {
+	*x = InstallResponse{}
+	mi := &file_agent_api_conseal_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InstallResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InstallResponse) ProtoMessage() {}
+
+func (x *InstallResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InstallResponse.ProtoReflect.Descriptor instead.
+func (*InstallResponse) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *InstallResponse) GetDone() string {
+	if x != nil {
+		return x.Done
+	}
+	return ""
+}
+
 type SignRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Name of the key in the roster.
@@ -40,7 +473,7 @@ type SignRequest struct {
 
 func (x *SignRequest) Reset() {
 	*x = SignRequest{}
-	mi := &file_agent_api_conseal_proto_msgTypes[0]
+	mi := &file_agent_api_conseal_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -52,7 +485,7 @@ func (x *SignRequest) String() string {
 func (*SignRequest) ProtoMessage() {}
 
 func (x *SignRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[0]
+	mi := &file_agent_api_conseal_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -65,7 +498,7 @@ func (x *SignRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignRequest.ProtoReflect.Descriptor instead.
 func (*SignRequest) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{0}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SignRequest) GetKey() string {
@@ -110,7 +543,7 @@ type SignResponse struct {
 
 func (x *SignResponse) Reset() {
 	*x = SignResponse{}
-	mi := &file_agent_api_conseal_proto_msgTypes[1]
+	mi := &file_agent_api_conseal_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -122,7 +555,7 @@ func (x *SignResponse) String() string {
 func (*SignResponse) ProtoMessage() {}
 
 func (x *SignResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[1]
+	mi := &file_agent_api_conseal_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -135,7 +568,7 @@ func (x *SignResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignResponse.ProtoReflect.Descriptor instead.
 func (*SignResponse) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{1}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SignResponse) GetSignature() []byte {
@@ -189,7 +622,7 @@ type GetKeyRequest struct {
 
 func (x *GetKeyRequest) Reset() {
 	*x = GetKeyRequest{}
-	mi := &file_agent_api_conseal_proto_msgTypes[2]
+	mi := &file_agent_api_conseal_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -201,7 +634,7 @@ func (x *GetKeyRequest) String() string {
 func (*GetKeyRequest) ProtoMessage() {}
 
 func (x *GetKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[2]
+	mi := &file_agent_api_conseal_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -214,7 +647,7 @@ func (x *GetKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetKeyRequest.ProtoReflect.Descriptor instead.
 func (*GetKeyRequest) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{2}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GetKeyRequest) GetKey() string {
@@ -232,7 +665,7 @@ type ListKeysRequest struct {
 
 func (x *ListKeysRequest) Reset() {
 	*x = ListKeysRequest{}
-	mi := &file_agent_api_conseal_proto_msgTypes[3]
+	mi := &file_agent_api_conseal_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -244,7 +677,7 @@ func (x *ListKeysRequest) String() string {
 func (*ListKeysRequest) ProtoMessage() {}
 
 func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[3]
+	mi := &file_agent_api_conseal_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -257,7 +690,7 @@ func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysRequest.ProtoReflect.Descriptor instead.
 func (*ListKeysRequest) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{3}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{11}
 }
 
 type ListKeysResponse struct {
@@ -269,7 +702,7 @@ type ListKeysResponse struct {
 
 func (x *ListKeysResponse) Reset() {
 	*x = ListKeysResponse{}
-	mi := &file_agent_api_conseal_proto_msgTypes[4]
+	mi := &file_agent_api_conseal_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -281,7 +714,7 @@ func (x *ListKeysResponse) String() string {
 func (*ListKeysResponse) ProtoMessage() {}
 
 func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[4]
+	mi := &file_agent_api_conseal_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -294,7 +727,7 @@ func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysResponse.ProtoReflect.Descriptor instead.
 func (*ListKeysResponse) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{4}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ListKeysResponse) GetKeys() []*Key {
@@ -338,7 +771,7 @@ type Key struct {
 
 func (x *Key) Reset() {
 	*x = Key{}
-	mi := &file_agent_api_conseal_proto_msgTypes[5]
+	mi := &file_agent_api_conseal_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -350,7 +783,7 @@ func (x *Key) String() string {
 func (*Key) ProtoMessage() {}
 
 func (x *Key) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[5]
+	mi := &file_agent_api_conseal_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -363,7 +796,7 @@ func (x *Key) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Key.ProtoReflect.Descriptor instead.
 func (*Key) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{5}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Key) GetName() string {
@@ -484,7 +917,7 @@ type Presignatures struct {
 
 func (x *Presignatures) Reset() {
 	*x = Presignatures{}
-	mi := &file_agent_api_conseal_proto_msgTypes[6]
+	mi := &file_agent_api_conseal_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -496,7 +929,7 @@ func (x *Presignatures) String() string {
 func (*Presignatures) ProtoMessage() {}
 
 func (x *Presignatures) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[6]
+	mi := &file_agent_api_conseal_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -509,7 +942,7 @@ func (x *Presignatures) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Presignatures.ProtoReflect.Descriptor instead.
 func (*Presignatures) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{6}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Presignatures) GetSigners() []string {
@@ -541,7 +974,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_agent_api_conseal_proto_msgTypes[7]
+	mi := &file_agent_api_conseal_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -553,7 +986,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[7]
+	mi := &file_agent_api_conseal_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -566,7 +999,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{7}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{15}
 }
 
 type StatusResponse struct {
@@ -593,7 +1026,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_agent_api_conseal_proto_msgTypes[8]
+	mi := &file_agent_api_conseal_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -605,7 +1038,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[8]
+	mi := &file_agent_api_conseal_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -618,7 +1051,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{8}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *StatusResponse) GetFleet() string {
@@ -714,7 +1147,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_agent_api_conseal_proto_msgTypes[9]
+	mi := &file_agent_api_conseal_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -726,7 +1159,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[9]
+	mi := &file_agent_api_conseal_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -739,7 +1172,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{9}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Peer) GetName() string {
@@ -798,7 +1231,7 @@ type ErrorInfo struct {
 
 func (x *ErrorInfo) Reset() {
 	*x = ErrorInfo{}
-	mi := &file_agent_api_conseal_proto_msgTypes[10]
+	mi := &file_agent_api_conseal_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -810,7 +1243,7 @@ func (x *ErrorInfo) String() string {
 func (*ErrorInfo) ProtoMessage() {}
 
 func (x *ErrorInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[10]
+	mi := &file_agent_api_conseal_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -823,7 +1256,7 @@ func (x *ErrorInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ErrorInfo.ProtoReflect.Descriptor instead.
 func (*ErrorInfo) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{10}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ErrorInfo) GetReason() string {
@@ -845,7 +1278,32 @@ var File_agent_api_conseal_proto protoreflect.FileDescriptor
 const file_agent_api_conseal_proto_rawDesc = "" +
 	"\n" +
 	"\x17agent/api/conseal.proto\x12\n" +
-	"conseal.v1\"Q\n" +
+	"conseal.v1\"\x10\n" +
+	"\x0eMeasureRequest\"-\n" +
+	"\x0fMeasureResponse\x12\x1a\n" +
+	"\bdocument\x18\x01 \x01(\fR\bdocument\"\x11\n" +
+	"\x0fPoliciesRequest\"\x91\x01\n" +
+	"\x10PoliciesResponse\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12#\n" +
+	"\rrevoked_below\x18\x02 \x01(\x04R\frevokedBelow\x12.\n" +
+	"\bpolicies\x18\x03 \x03(\v2\x12.conseal.v1.PolicyR\bpolicies\x12\x16\n" +
+	"\x06broken\x18\x04 \x01(\tR\x06broken\"\xb5\x01\n" +
+	"\x06Policy\x12\x18\n" +
+	"\aversion\x18\x01 \x01(\x04R\aversion\x12\x18\n" +
+	"\acomment\x18\x02 \x01(\tR\acomment\x12\x16\n" +
+	"\x06signed\x18\x03 \x01(\tR\x06signed\x12\x14\n" +
+	"\x05opens\x18\x04 \x01(\bR\x05opens\x12\x18\n" +
+	"\arevoked\x18\x05 \x01(\bR\arevoked\x12/\n" +
+	"\achanged\x18\x06 \x03(\v2\x15.conseal.v1.PCRChangeR\achanged\"a\n" +
+	"\tPCRChange\x12\x10\n" +
+	"\x03pcr\x18\x01 \x01(\rR\x03pcr\x12\x14\n" +
+	"\x05words\x18\x02 \x01(\tR\x05words\x12\x14\n" +
+	"\x05found\x18\x03 \x01(\fR\x05found\x12\x16\n" +
+	"\x06wanted\x18\x04 \x01(\fR\x06wanted\",\n" +
+	"\x0eInstallRequest\x12\x1a\n" +
+	"\bdocument\x18\x01 \x01(\fR\bdocument\"%\n" +
+	"\x0fInstallResponse\x12\x12\n" +
+	"\x04done\x18\x01 \x01(\tR\x04done\"Q\n" +
 	"\vSignRequest\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\fR\amessage\x12\x16\n" +
@@ -915,7 +1373,11 @@ const file_agent_api_conseal_proto_rawDesc = "" +
 	"\x06GetKey\x12\x19.conseal.v1.GetKeyRequest\x1a\x0f.conseal.v1.Key\x12E\n" +
 	"\bListKeys\x12\x1b.conseal.v1.ListKeysRequest\x1a\x1c.conseal.v1.ListKeysResponse2H\n" +
 	"\x05Admin\x12?\n" +
-	"\x06Status\x12\x19.conseal.v1.StatusRequest\x1a\x1a.conseal.v1.StatusResponseB\x19Z\x17conseal/agent/api/apipbb\x06proto3"
+	"\x06Status\x12\x19.conseal.v1.StatusRequest\x1a\x1a.conseal.v1.StatusResponse2\xd5\x01\n" +
+	"\x04Seal\x12B\n" +
+	"\aMeasure\x12\x1a.conseal.v1.MeasureRequest\x1a\x1b.conseal.v1.MeasureResponse\x12E\n" +
+	"\bPolicies\x12\x1b.conseal.v1.PoliciesRequest\x1a\x1c.conseal.v1.PoliciesResponse\x12B\n" +
+	"\aInstall\x12\x1a.conseal.v1.InstallRequest\x1a\x1b.conseal.v1.InstallResponseB\x19Z\x17conseal/agent/api/apipbb\x06proto3"
 
 var (
 	file_agent_api_conseal_proto_rawDescOnce sync.Once
@@ -929,38 +1391,54 @@ func file_agent_api_conseal_proto_rawDescGZIP() []byte {
 	return file_agent_api_conseal_proto_rawDescData
 }
 
-var file_agent_api_conseal_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_agent_api_conseal_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_agent_api_conseal_proto_goTypes = []any{
-	(*SignRequest)(nil),      // 0: conseal.v1.SignRequest
-	(*SignResponse)(nil),     // 1: conseal.v1.SignResponse
-	(*GetKeyRequest)(nil),    // 2: conseal.v1.GetKeyRequest
-	(*ListKeysRequest)(nil),  // 3: conseal.v1.ListKeysRequest
-	(*ListKeysResponse)(nil), // 4: conseal.v1.ListKeysResponse
-	(*Key)(nil),              // 5: conseal.v1.Key
-	(*Presignatures)(nil),    // 6: conseal.v1.Presignatures
-	(*StatusRequest)(nil),    // 7: conseal.v1.StatusRequest
-	(*StatusResponse)(nil),   // 8: conseal.v1.StatusResponse
-	(*Peer)(nil),             // 9: conseal.v1.Peer
-	(*ErrorInfo)(nil),        // 10: conseal.v1.ErrorInfo
+	(*MeasureRequest)(nil),   // 0: conseal.v1.MeasureRequest
+	(*MeasureResponse)(nil),  // 1: conseal.v1.MeasureResponse
+	(*PoliciesRequest)(nil),  // 2: conseal.v1.PoliciesRequest
+	(*PoliciesResponse)(nil), // 3: conseal.v1.PoliciesResponse
+	(*Policy)(nil),           // 4: conseal.v1.Policy
+	(*PCRChange)(nil),        // 5: conseal.v1.PCRChange
+	(*InstallRequest)(nil),   // 6: conseal.v1.InstallRequest
+	(*InstallResponse)(nil),  // 7: conseal.v1.InstallResponse
+	(*SignRequest)(nil),      // 8: conseal.v1.SignRequest
+	(*SignResponse)(nil),     // 9: conseal.v1.SignResponse
+	(*GetKeyRequest)(nil),    // 10: conseal.v1.GetKeyRequest
+	(*ListKeysRequest)(nil),  // 11: conseal.v1.ListKeysRequest
+	(*ListKeysResponse)(nil), // 12: conseal.v1.ListKeysResponse
+	(*Key)(nil),              // 13: conseal.v1.Key
+	(*Presignatures)(nil),    // 14: conseal.v1.Presignatures
+	(*StatusRequest)(nil),    // 15: conseal.v1.StatusRequest
+	(*StatusResponse)(nil),   // 16: conseal.v1.StatusResponse
+	(*Peer)(nil),             // 17: conseal.v1.Peer
+	(*ErrorInfo)(nil),        // 18: conseal.v1.ErrorInfo
 }
 var file_agent_api_conseal_proto_depIdxs = []int32{
-	5, // 0: conseal.v1.ListKeysResponse.keys:type_name -> conseal.v1.Key
-	6, // 1: conseal.v1.Key.presignatures:type_name -> conseal.v1.Presignatures
-	9, // 2: conseal.v1.StatusResponse.peers:type_name -> conseal.v1.Peer
-	5, // 3: conseal.v1.StatusResponse.keys:type_name -> conseal.v1.Key
-	0, // 4: conseal.v1.Signer.Sign:input_type -> conseal.v1.SignRequest
-	2, // 5: conseal.v1.Signer.GetKey:input_type -> conseal.v1.GetKeyRequest
-	3, // 6: conseal.v1.Signer.ListKeys:input_type -> conseal.v1.ListKeysRequest
-	7, // 7: conseal.v1.Admin.Status:input_type -> conseal.v1.StatusRequest
-	1, // 8: conseal.v1.Signer.Sign:output_type -> conseal.v1.SignResponse
-	5, // 9: conseal.v1.Signer.GetKey:output_type -> conseal.v1.Key
-	4, // 10: conseal.v1.Signer.ListKeys:output_type -> conseal.v1.ListKeysResponse
-	8, // 11: conseal.v1.Admin.Status:output_type -> conseal.v1.StatusResponse
-	8, // [8:12] is the sub-list for method output_type
-	4, // [4:8] is the sub-list for method input_type
-	4, // [4:4] is the sub-list for extension type_name
-	4, // [4:4] is the sub-list for extension extendee
-	0, // [0:4] is the sub-list for field type_name
+	4,  // 0: conseal.v1.PoliciesResponse.policies:type_name -> conseal.v1.Policy
+	5,  // 1: conseal.v1.Policy.changed:type_name -> conseal.v1.PCRChange
+	13, // 2: conseal.v1.ListKeysResponse.keys:type_name -> conseal.v1.Key
+	14, // 3: conseal.v1.Key.presignatures:type_name -> conseal.v1.Presignatures
+	17, // 4: conseal.v1.StatusResponse.peers:type_name -> conseal.v1.Peer
+	13, // 5: conseal.v1.StatusResponse.keys:type_name -> conseal.v1.Key
+	8,  // 6: conseal.v1.Signer.Sign:input_type -> conseal.v1.SignRequest
+	10, // 7: conseal.v1.Signer.GetKey:input_type -> conseal.v1.GetKeyRequest
+	11, // 8: conseal.v1.Signer.ListKeys:input_type -> conseal.v1.ListKeysRequest
+	15, // 9: conseal.v1.Admin.Status:input_type -> conseal.v1.StatusRequest
+	0,  // 10: conseal.v1.Seal.Measure:input_type -> conseal.v1.MeasureRequest
+	2,  // 11: conseal.v1.Seal.Policies:input_type -> conseal.v1.PoliciesRequest
+	6,  // 12: conseal.v1.Seal.Install:input_type -> conseal.v1.InstallRequest
+	9,  // 13: conseal.v1.Signer.Sign:output_type -> conseal.v1.SignResponse
+	13, // 14: conseal.v1.Signer.GetKey:output_type -> conseal.v1.Key
+	12, // 15: conseal.v1.Signer.ListKeys:output_type -> conseal.v1.ListKeysResponse
+	16, // 16: conseal.v1.Admin.Status:output_type -> conseal.v1.StatusResponse
+	1,  // 17: conseal.v1.Seal.Measure:output_type -> conseal.v1.MeasureResponse
+	3,  // 18: conseal.v1.Seal.Policies:output_type -> conseal.v1.PoliciesResponse
+	7,  // 19: conseal.v1.Seal.Install:output_type -> conseal.v1.InstallResponse
+	13, // [13:20] is the sub-list for method output_type
+	6,  // [6:13] is the sub-list for method input_type
+	6,  // [6:6] is the sub-list for extension type_name
+	6,  // [6:6] is the sub-list for extension extendee
+	0,  // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_agent_api_conseal_proto_init() }
@@ -974,9 +1452,9 @@ func file_agent_api_conseal_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_api_conseal_proto_rawDesc), len(file_agent_api_conseal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   19,
 			NumExtensions: 0,
-			NumServices:   2,
+			NumServices:   3,
 		},
 		GoTypes:           file_agent_api_conseal_proto_goTypes,
 		DependencyIndexes: file_agent_api_conseal_proto_depIdxs,

@@ -28,6 +28,8 @@ const (
 	SignerName = "conseal.v1.Signer"
 	// AdminName is the fully-qualified name of the Admin service.
 	AdminName = "conseal.v1.Admin"
+	// SealName is the fully-qualified name of the Seal service.
+	SealName = "conseal.v1.Seal"
 )
 
 // These constants are the fully-qualified names of the RPCs defined in this package. They're
@@ -46,6 +48,12 @@ const (
 	SignerListKeysProcedure = "/conseal.v1.Signer/ListKeys"
 	// AdminStatusProcedure is the fully-qualified name of the Admin's Status RPC.
 	AdminStatusProcedure = "/conseal.v1.Admin/Status"
+	// SealMeasureProcedure is the fully-qualified name of the Seal's Measure RPC.
+	SealMeasureProcedure = "/conseal.v1.Seal/Measure"
+	// SealPoliciesProcedure is the fully-qualified name of the Seal's Policies RPC.
+	SealPoliciesProcedure = "/conseal.v1.Seal/Policies"
+	// SealInstallProcedure is the fully-qualified name of the Seal's Install RPC.
+	SealInstallProcedure = "/conseal.v1.Seal/Install"
 )
 
 // SignerClient is a client for the conseal.v1.Signer service.
@@ -264,4 +272,144 @@ type UnimplementedAdminHandler struct{}
 
 func (UnimplementedAdminHandler) Status(context.Context, *apipb.StatusRequest) (*apipb.StatusResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("conseal.v1.Admin.Status is not implemented"))
+}
+
+// SealClient is a client for the conseal.v1.Seal service.
+type SealClient interface {
+	// Measure describes the host's measured state, for the security team to sign.
+	Measure(context.Context, *apipb.MeasureRequest) (*apipb.MeasureResponse, error)
+	// Policies says which policies are installed and what the TPM makes of them now.
+	Policies(context.Context, *apipb.PoliciesRequest) (*apipb.PoliciesResponse, error)
+	// Install takes a signed policy, or does what a signed revocation says.
+	Install(context.Context, *apipb.InstallRequest) (*apipb.InstallResponse, error)
+}
+
+// NewSealClient constructs a client for the conseal.v1.Seal service. By default, it uses the
+// Connect protocol with the binary Protobuf Codec, asks for gzipped responses, and sends
+// uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the connect.WithGRPC() or
+// connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewSealClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) SealClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	sealMethods := apipb.File_agent_api_conseal_proto.Services().ByName("Seal").Methods()
+	return &sealClient{
+		measure: connect.NewClient[apipb.MeasureRequest, apipb.MeasureResponse](
+			httpClient,
+			baseURL+SealMeasureProcedure,
+			connect.WithSchema(sealMethods.ByName("Measure")),
+			connect.WithClientOptions(opts...),
+		),
+		policies: connect.NewClient[apipb.PoliciesRequest, apipb.PoliciesResponse](
+			httpClient,
+			baseURL+SealPoliciesProcedure,
+			connect.WithSchema(sealMethods.ByName("Policies")),
+			connect.WithClientOptions(opts...),
+		),
+		install: connect.NewClient[apipb.InstallRequest, apipb.InstallResponse](
+			httpClient,
+			baseURL+SealInstallProcedure,
+			connect.WithSchema(sealMethods.ByName("Install")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// sealClient implements SealClient.
+type sealClient struct {
+	measure  *connect.Client[apipb.MeasureRequest, apipb.MeasureResponse]
+	policies *connect.Client[apipb.PoliciesRequest, apipb.PoliciesResponse]
+	install  *connect.Client[apipb.InstallRequest, apipb.InstallResponse]
+}
+
+// Measure calls conseal.v1.Seal.Measure.
+func (c *sealClient) Measure(ctx context.Context, req *apipb.MeasureRequest) (*apipb.MeasureResponse, error) {
+	response, err := c.measure.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Policies calls conseal.v1.Seal.Policies.
+func (c *sealClient) Policies(ctx context.Context, req *apipb.PoliciesRequest) (*apipb.PoliciesResponse, error) {
+	response, err := c.policies.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Install calls conseal.v1.Seal.Install.
+func (c *sealClient) Install(ctx context.Context, req *apipb.InstallRequest) (*apipb.InstallResponse, error) {
+	response, err := c.install.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// SealHandler is an implementation of the conseal.v1.Seal service.
+type SealHandler interface {
+	// Measure describes the host's measured state, for the security team to sign.
+	Measure(context.Context, *apipb.MeasureRequest) (*apipb.MeasureResponse, error)
+	// Policies says which policies are installed and what the TPM makes of them now.
+	Policies(context.Context, *apipb.PoliciesRequest) (*apipb.PoliciesResponse, error)
+	// Install takes a signed policy, or does what a signed revocation says.
+	Install(context.Context, *apipb.InstallRequest) (*apipb.InstallResponse, error)
+}
+
+// NewSealHandler builds an HTTP handler from the service implementation. It returns the path on
+// which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewSealHandler(svc SealHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	sealMethods := apipb.File_agent_api_conseal_proto.Services().ByName("Seal").Methods()
+	sealMeasureHandler := connect.NewUnaryHandlerSimple(
+		SealMeasureProcedure,
+		svc.Measure,
+		connect.WithSchema(sealMethods.ByName("Measure")),
+		connect.WithHandlerOptions(opts...),
+	)
+	sealPoliciesHandler := connect.NewUnaryHandlerSimple(
+		SealPoliciesProcedure,
+		svc.Policies,
+		connect.WithSchema(sealMethods.ByName("Policies")),
+		connect.WithHandlerOptions(opts...),
+	)
+	sealInstallHandler := connect.NewUnaryHandlerSimple(
+		SealInstallProcedure,
+		svc.Install,
+		connect.WithSchema(sealMethods.ByName("Install")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/conseal.v1.Seal/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case SealMeasureProcedure:
+			sealMeasureHandler.ServeHTTP(w, r)
+		case SealPoliciesProcedure:
+			sealPoliciesHandler.ServeHTTP(w, r)
+		case SealInstallProcedure:
+			sealInstallHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedSealHandler returns CodeUnimplemented from all methods.
+type UnimplementedSealHandler struct{}
+
+func (UnimplementedSealHandler) Measure(context.Context, *apipb.MeasureRequest) (*apipb.MeasureResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("conseal.v1.Seal.Measure is not implemented"))
+}
+
+func (UnimplementedSealHandler) Policies(context.Context, *apipb.PoliciesRequest) (*apipb.PoliciesResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("conseal.v1.Seal.Policies is not implemented"))
+}
+
+func (UnimplementedSealHandler) Install(context.Context, *apipb.InstallRequest) (*apipb.InstallResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("conseal.v1.Seal.Install is not implemented"))
 }

@@ -1,0 +1,406 @@
+package main
+
+import (
+	"bytes"
+	"crypto"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"conseal/agent/api"
+	"conseal/tpm/policy"
+)
+
+func sealCommand(e *env) *cobra.Command {
+	c := &cobra.Command{
+		Use:   "seal",
+		Short: "Seal policies: in which measured states a host's TPM opens its shares",
+		Long: `Seal policies: in which measured states a host's TPM opens its shares.
+
+On the host, over the admin socket: measure, status, install. At the security
+team, on files: plan, sign, revoke. Files travel between them in the open: what
+the team signs is signed, and what a host measures proves nothing by itself.`,
+		Args: cobra.NoArgs,
+	}
+	c.AddCommand(sealMeasure(e), sealStatus(e), sealInstall(e), sealPlan(e), sealSign(e), sealRevoke(e))
+	return c
+}
+
+// adminVerb is a verb that asks the admin socket.
+func adminVerb(e *env, c *cobra.Command, run func(*cobra.Command, *api.Client, []string) error) *cobra.Command {
+	c.RunE = func(c *cobra.Command, a []string) error {
+		client, err := e.dial()
+		if err != nil {
+			return err
+		}
+		defer client.Close()
+		return run(c, client, a)
+	}
+	e.socketFlag(c, "CONSEAL_ADMIN_SOCKET", api.AdminSocket)
+	return c
+}
+
+func sealMeasure(e *env) *cobra.Command {
+	return adminVerb(e, &cobra.Command{Use: "measure", Short: "Print this host's measured state, a file for the security team", Args: args(0, 0)},
+		func(c *cobra.Command, client *api.Client, _ []string) error {
+			b, err := client.Measure(c.Context())
+			if err != nil {
+				return err
+			}
+			_, err = e.out.Write(b)
+			return err
+		})
+}
+
+func sealInstall(e *env) *cobra.Command {
+	return adminVerb(e, &cobra.Command{Use: "install FILE", Short: "Give this host a signed policy, or a signed revocation", Args: args(1, 1)},
+		func(c *cobra.Command, client *api.Client, a []string) error {
+			b, err := readDocument(a[0])
+			if err != nil {
+				return err
+			}
+			done, err := client.InstallPolicy(c.Context(), b)
+			if err == nil {
+				_, err = fmt.Fprintln(e.out, done)
+			}
+			return err
+		})
+}
+
+func sealStatus(e *env) *cobra.Command {
+	return adminVerb(e, &cobra.Command{Use: "status", Short: "Say which policies this host has, which of them open now, and why the others do not", Args: args(0, 0)},
+		func(c *cobra.Command, client *api.Client, _ []string) error {
+			r, err := client.Policies(c.Context())
+			if err != nil {
+				return err
+			}
+			if e.json {
+				return json.NewEncoder(e.out).Encode(r)
+			}
+			opens := "no policy opens this host's TPM now"
+			t := tabwriter.NewWriter(e.out, 0, 0, 2, ' ', 0)
+			fmt.Fprintf(t, "VERSION\tOPENS NOW\tSIGNED\tCOMMENT\n")
+			for _, p := range r.Policies {
+				now := "yes"
+				switch {
+				case p.Revoked:
+					now = "no, revoked"
+				case !p.Opens:
+					var registers []string
+					for _, ch := range p.Changed {
+						registers = append(registers, fmt.Sprintf("PCR %d (%s) is %.4x…, wanted %.4x…", ch.Pcr, ch.Words, ch.Found, ch.Wanted))
+					}
+					now = "no: " + strings.Join(registers, ", ")
+				default:
+					opens = "this host's TPM opens now"
+				}
+				fmt.Fprintf(t, "%d\t%s\t%s\t%s\n", p.Version, now, p.Signed, p.Comment)
+			}
+			if err := t.Flush(); err != nil {
+				return err
+			}
+			fmt.Fprintf(e.out, "\n%s; policies below version %d are revoked; policy key %s\n", opens, r.RevokedBelow, r.Key)
+			if r.Broken != "" {
+				fmt.Fprintf(e.out, "no policies of this key: %s\n", r.Broken)
+			}
+			return nil
+		})
+}
+
+// readDocument reads a file of bounded size; "-" is standard input.
+func readDocument(path string) ([]byte, error) {
+	f := os.Stdin
+	if path != "-" {
+		var err error
+		if f, err = os.Open(path); err != nil {
+			return nil, err
+		}
+		defer f.Close()
+	}
+	return io.ReadAll(io.LimitReader(f, policy.MaxDocument+1))
+}
+
+func readMeasurement(path string) (*policy.Measurement, error) {
+	if path == "" {
+		return nil, usageError{errors.New("--measurement FILE is wanted: what `conseal seal measure` prints on the host")}
+	}
+	b, err := readDocument(path)
+	if err != nil {
+		return nil, err
+	}
+	m, err := policy.ParseMeasurement(b)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return m, nil
+}
+
+// stateFlags say which state a policy is about.
+type stateFlags struct {
+	measurement, like string
+	set               []string
+}
+
+func (s *stateFlags) add(c *cobra.Command) {
+	c.Flags().StringVar(&s.measurement, "measurement", "", "what `conseal seal measure` printed on the host")
+	c.Flags().StringVar(&s.like, "like", "", "take the PCR values from this measurement, of a machine that was updated first")
+	c.Flags().StringArrayVar(&s.set, "pcr", nil, "take this value, `N=HEX`; may be repeated")
+}
+
+// read returns the host's measurement and its state to be.
+func (s *stateFlags) read() (now *policy.Measurement, then policy.Measurement, err error) {
+	if now, err = readMeasurement(s.measurement); err != nil {
+		return nil, then, err
+	}
+	then = *now
+	then.PCRs = policy.State{}
+	for i, v := range now.PCRs {
+		then.PCRs[i] = v
+	}
+	if s.like != "" {
+		other, err := readMeasurement(s.like)
+		if err != nil {
+			return nil, then, err
+		}
+		for _, i := range now.Selected {
+			if then.PCRs[i] = other.PCRs[i]; then.PCRs[i] == nil {
+				return nil, then, fmt.Errorf("%s has no PCR %d", s.like, i)
+			}
+		}
+	}
+	for _, set := range s.set {
+		name, value, _ := strings.Cut(set, "=")
+		i, err := strconv.Atoi(name)
+		v, hexErr := hex.DecodeString(value)
+		if err != nil || hexErr != nil || len(v) != 32 || now.PCRs[i] == nil {
+			return nil, then, usageError{fmt.Errorf("--pcr %s: wants N=HEX, a register and the 64 hexadecimal digits of its value", set)}
+		}
+		then.PCRs[i] = v
+	}
+	return now, then, nil
+}
+
+// signFlags say who signs what.
+type signFlags struct {
+	key, passphrase, comment, output string
+}
+
+func (s *signFlags) add(c *cobra.Command) {
+	c.Flags().StringVar(&s.key, "key", "", "the security team's private key, as ssh-keygen makes it")
+	c.Flags().StringVar(&s.passphrase, "passphrase", "", "where its passphrase is: file:/PATH or fd:N; else it is asked for")
+	c.Flags().StringVar(&s.comment, "comment", "", "what this is for, for people")
+	c.Flags().StringVar(&s.output, "output", "", "write to this file, else to standard output")
+}
+
+// signer opens the private key, which must be the one that the host trusts.
+func (s *signFlags) signer(m *policy.Measurement) (crypto.Signer, error) {
+	if s.key == "" {
+		return nil, usageError{errors.New("--key FILE is wanted: the security team's private key")}
+	}
+	b, err := os.ReadFile(s.key)
+	if err != nil {
+		return nil, err
+	}
+	passphrase, err := s.readPassphrase()
+	if err != nil {
+		return nil, err
+	}
+	key, err := policy.ParsePrivateKey(b, passphrase)
+	clear(passphrase)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", s.key, err)
+	}
+	public, err := policy.PublicKey(key)
+	if err != nil {
+		return nil, err
+	}
+	if have, err := policy.Fingerprint(public); err != nil || have != m.Key {
+		return nil, fmt.Errorf("%s is key %s; host %q trusts %s", s.key, have, m.Host, m.Key)
+	}
+	return key, nil
+}
+
+func (s *signFlags) readPassphrase() ([]byte, error) {
+	if path, ok := strings.CutPrefix(s.passphrase, "file:"); ok {
+		b, err := os.ReadFile(path)
+		return bytes.TrimRight(b, "\r\n"), err
+	}
+	if n, ok := strings.CutPrefix(s.passphrase, "fd:"); ok {
+		fd, err := strconv.Atoi(n)
+		if err != nil || fd < 3 {
+			return nil, usageError{fmt.Errorf("--passphrase %s: wants a descriptor of 3 or above", s.passphrase)}
+		}
+		f := os.NewFile(uintptr(fd), s.passphrase)
+		defer f.Close()
+		b, err := io.ReadAll(io.LimitReader(f, 4096))
+		return bytes.TrimRight(b, "\r\n"), err
+	}
+	if s.passphrase != "" {
+		return nil, usageError{errors.New("--passphrase wants file:/PATH or fd:N")}
+	}
+	tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
+	if err != nil {
+		return nil, fmt.Errorf("nobody to ask for the passphrase: use --passphrase: %w", err)
+	}
+	defer tty.Close()
+	fmt.Fprintf(tty, "Passphrase of %s: ", s.key)
+	defer fmt.Fprintln(tty)
+	return term.ReadPassword(int(tty.Fd()))
+}
+
+func (e *env) writeDocument(path string, b []byte) error {
+	if path == "" {
+		_, err := e.out.Write(b)
+		return err
+	}
+	return os.WriteFile(path, b, 0o644)
+}
+
+func sealSign(e *env) *cobra.Command {
+	var state stateFlags
+	var with signFlags
+	var version uint64
+	c := &cobra.Command{
+		Use:   "sign",
+		Short: "Sign a policy for a host's measured state",
+		Long: `Sign a policy for the state in --measurement, over the PCRs that the host selects,
+or for a state that it will be in (--like, --pcr). The policies that it has stay valid
+until they are revoked, so that an update can be allowed before it is made.`,
+		Args: args(0, 0),
+		RunE: func(*cobra.Command, []string) error {
+			now, then, err := state.read()
+			if err != nil {
+				return err
+			}
+			key, err := with.signer(now)
+			if err != nil {
+				return err
+			}
+			p := then.Policy(with.comment, time.Now())
+			if version != 0 {
+				p.Version = version
+			}
+			if p.Version < now.Revoked {
+				return fmt.Errorf("version %d is revoked already: all below %d are", p.Version, now.Revoked)
+			}
+			b, err := p.Sign(key)
+			if err != nil {
+				return err
+			}
+			return e.writeDocument(with.output, b)
+		},
+	}
+	state.add(c)
+	with.add(c)
+	c.Flags().Uint64Var(&version, "version", 0, "its version, if not the next")
+	return c
+}
+
+func sealRevoke(e *env) *cobra.Command {
+	var with signFlags
+	var measurement string
+	var below uint64
+	c := &cobra.Command{
+		Use:   "revoke",
+		Short: "Sign the end of a host's policies below a version",
+		Long: `Sign the end of all policies of a host below a version, for good. It takes effect
+on the host with "conseal seal install": from then on, no such policy opens the
+host's TPM. An agent that has its shares open keeps them until it stops.`,
+		Args: args(0, 0),
+		RunE: func(*cobra.Command, []string) error {
+			m, err := readMeasurement(measurement)
+			if err != nil {
+				return err
+			}
+			if below <= m.Revoked || below > m.Next {
+				return usageError{fmt.Errorf("--below %d: wants %d to %d for host %q", below, m.Revoked+1, m.Next, m.Host)}
+			}
+			key, err := with.signer(m)
+			if err != nil {
+				return err
+			}
+			b, err := (&policy.Revocation{Host: m.Host, Counter: m.Counter, Below: below, Comment: with.comment, Signed: time.Now()}).Sign(key)
+			if err != nil {
+				return err
+			}
+			return e.writeDocument(with.output, b)
+		},
+	}
+	with.add(c)
+	c.Flags().StringVar(&measurement, "measurement", "", "what `conseal seal measure` printed on the host")
+	c.Flags().Uint64Var(&below, "below", 0, "the first version that stays valid")
+	return c
+}
+
+func sealPlan(e *env) *cobra.Command {
+	var state stateFlags
+	var keyFile string
+	c := &cobra.Command{
+		Use:   "plan POLICY...",
+		Short: "Say what a change of the host's state would do to the policies it has",
+		Long: `Say which PCRs a change would change (--like, --pcr), and which of the policies
+would open the host's TPM before and after it. Fails if none would afterwards.`,
+		Args: args(0, 1000),
+		RunE: func(_ *cobra.Command, files []string) error {
+			now, then, err := state.read()
+			if err != nil {
+				return err
+			}
+			b, err := os.ReadFile(keyFile)
+			if err != nil {
+				return fmt.Errorf("--policy-key: %w", err)
+			}
+			key, err := policy.ParsePublicKey(b)
+			if err != nil {
+				return fmt.Errorf("%s: %w", keyFile, err)
+			}
+			for _, i := range now.Selected {
+				if !bytes.Equal(now.PCRs[i], then.PCRs[i]) {
+					fmt.Fprintf(e.out, "PCR %d (%s) would change from %.4x… to %.4x…\n", i, policy.PCRWords(i), now.PCRs[i], then.PCRs[i])
+				}
+			}
+			opens := false
+			for _, file := range files {
+				b, err := readDocument(file)
+				if err != nil {
+					return err
+				}
+				document, err := policy.Parse(b, key)
+				p, ok := document.(*policy.Policy)
+				if err == nil && (!ok || p.Host != now.Host) {
+					err = fmt.Errorf("no policy of host %q", now.Host)
+				}
+				if err != nil {
+					return fmt.Errorf("%s: %w", file, err)
+				}
+				after := p.Version >= now.Revoked && p.State.Fits(then.PCRs)
+				opens = opens || after
+				fmt.Fprintf(e.out, "policy %d (%s): opens now: %s, opens then: %s\n", p.Version, p.Comment, yes(p.Version >= now.Revoked && p.State.Fits(now.PCRs)), yes(after))
+			}
+			if !opens {
+				return fmt.Errorf("after this change no policy would open the TPM of host %q: sign one first, with the same flags", now.Host)
+			}
+			return nil
+		},
+	}
+	state.add(c)
+	c.Flags().StringVar(&keyFile, "policy-key", "", "the security team's public key")
+	return c
+}
+
+func yes(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
+}
