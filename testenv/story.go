@@ -32,6 +32,8 @@ import (
 //	crash HOST...          end agents as a power cut would
 //	measure HOST N TEXT    have a host measure something into PCR N, as a changed boot would
 //	reboot HOST...         restart the TPMs of hosts that are down: their PCRs are as at first
+//	image HOST NAME        keep a copy of a stopped host's disk, that is of its state folder
+//	putback HOST NAME      put such a copy in the place of the host's disk
 //	ready KEY              wait until all running agents have the key ready
 //	on HOST                let conseal talk to this host's sockets from now on
 //	run PROGRAM ARG...     run a program and show what it prints; `! run` wants it to fail
@@ -53,7 +55,8 @@ func Stories(ctx context.Context, bin Binaries, dir string, live io.Writer) (p t
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"say": s.say, "team": s.team, "fleet": s.fleet, "measure": s.measure, "reboot": s.reboot, "key": s.key, "up": s.up, "down": s.down,
+			"say": s.say, "team": s.team, "fleet": s.fleet, "measure": s.measure, "reboot": s.reboot,
+			"image": s.image, "putback": s.putback, "key": s.key, "up": s.up, "down": s.down,
 			"crash": s.crash, "ready": s.ready, "on": s.on, "run": s.run, "end": s.end,
 		},
 	}
@@ -165,6 +168,37 @@ func (s *storyteller) reboot(ts *testscript.TestScript, neg bool, names []string
 			s.tell("   %s starts again", h.Name)
 		}
 		return nil
+	})
+}
+
+func (s *storyteller) image(ts *testscript.TestScript, neg bool, args []string) {
+	s.disk(ts, neg, args, "kept", func(disk, image string) error { return os.CopyFS(image, os.DirFS(disk)) })
+}
+
+func (s *storyteller) putback(ts *testscript.TestScript, neg bool, args []string) {
+	s.disk(ts, neg, args, "put back", func(disk, image string) error {
+		err := os.RemoveAll(disk)
+		if err == nil {
+			err = os.CopyFS(disk, os.DirFS(image))
+		}
+		return errors.Join(err, os.Chmod(disk, 0o700))
+	})
+}
+
+func (s *storyteller) disk(ts *testscript.TestScript, neg bool, args []string, done string, copied func(disk, image string) error) {
+	s.step(ts, neg, func(_ context.Context, st *story) error {
+		if len(args) != 2 {
+			return errors.New("usage, after fleet: image HOST NAME, putback HOST NAME")
+		}
+		hosts, err := s.hosts(st, args[:1])
+		if err != nil {
+			return err
+		}
+		if hosts[0].Running() {
+			return fmt.Errorf("host %s runs", args[0])
+		}
+		s.tell("   the disk of %s %q is %s", args[0], args[1], done)
+		return copied(hosts[0].State(), filepath.Join(st.fleet.Dir, args[0]+"-"+args[1]))
 	})
 }
 
