@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"github.com/spf13/cobra"
 
@@ -21,6 +22,8 @@ import (
 func initCommand(file *string, out io.Writer) *cobra.Command {
 	var asJSON bool
 	var policies []string
+	var undo bool
+	var confirm string
 	c := &cobra.Command{
 		Use:   "init",
 		Short: "Make this host's identity and vault in its hardware, and print its line for the roster",
@@ -28,11 +31,21 @@ func initCommand(file *string, out io.Writer) *cobra.Command {
 and print the host's entry for the roster.
 
 A second run makes what is missing, changes nothing that is there, and prints
-the same entry.`,
+the same entry.
+
+With --undo, for a host that leaves: take what is this host's out of its TPM, and
+its shares from its disk. Nobody can bring them back.`,
 		Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error { return initialise(c.Context(), *file, out, policies, asJSON) },
+		RunE: func(c *cobra.Command, _ []string) error {
+			if undo {
+				return withdraw(c.Context(), *file, out, confirm)
+			}
+			return initialise(c.Context(), *file, out, policies, asJSON)
+		},
 	}
 	c.Flags().StringArrayVar(&policies, "policy", nil, "install a signed seal policy first; may be repeated")
+	c.Flags().BoolVar(&undo, "undo", false, "for a host that leaves: destroy its shares and what is its own in the TPM")
+	c.Flags().StringVar(&confirm, "confirm", "", "with --undo: the name of this host")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON, for programs")
 	return c
 }
@@ -105,6 +118,50 @@ func provision(ctx context.Context, c *config.Host) ([]string, error) {
 	}
 	kept.SRKName, kept.PCRWanted, kept.Identity = p.SRKName, p.PCRWanted, p.Identity
 	return p.Steps, kept.write(c)
+}
+
+// withdraw undoes what initialise did, on a host with a TPM.
+func withdraw(ctx context.Context, file string, out io.Writer, confirm string) error {
+	c, err := config.Load(file)
+	if err != nil {
+		return err
+	}
+	if c.Protector.Kind != "tpm" {
+		return errors.New("--undo knows TPMs only so far: destroy the host's objects in the token with the vendor's tool")
+	}
+	if confirm != c.Name {
+		return fmt.Errorf("this destroys all shares of host %q, for good: keys that need it for their quorum are lost with it; if that is meant, run: conseald init --undo --confirm %s", c.Name, c.Name)
+	}
+	if err := vault.InUse(agent.VaultFolder(c)); err != nil {
+		return err
+	}
+	kept, err := readTPMRecord(c)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("this host was not initialised, or was undone already: %w", err)
+	}
+	if err != nil {
+		return err
+	}
+	seal, err := openSealPolicies(c)
+	if err != nil {
+		return err
+	}
+	steps, err := tpm.Withdraw(ctx, tpmConfig(c, kept, seal))
+	for _, s := range steps {
+		fmt.Fprintln(out, s)
+	}
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{"vault", "policies", "measurement.toml", filepath.Base(tpmRecordPath(c))} { // the record last: with it, this can be run again
+		path := filepath.Join(c.State, name)
+		if err := os.RemoveAll(path); err != nil {
+			return err
+		}
+		fmt.Fprintln(out, path+": removed")
+	}
+	_, err = fmt.Fprintf(out, "%s: left; take the host out of the roster\n", filepath.Join(c.State, "audit.log"))
+	return err
 }
 
 func createVault(ctx context.Context, c *config.Host, p vault.Protector) (step string, err error) {
