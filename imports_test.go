@@ -42,7 +42,7 @@ var allowed = map[string][]string{
 	"cmd/conseald":                 {"agent", "agent/api/apipb", "agent/vault", "config", "hsm", "tpm/..."},
 	"cmd/conseal":                  {"agent/api/...", "config", "hsm", "protocol/...", "tpm/policy"},
 	"testenv":                      {"internal/...", "protocol/...", "config", "agent/...", "tpm", "hsm"},
-	"testenv/bench":                {"testenv", "protocol/...", "agent/api"},
+	"testenv/bench":                {"testenv", "protocol/...", "agent/api", "internal/secret", "tpm/..."},
 	"testenv/story":                {"testenv"},
 }
 

@@ -52,6 +52,9 @@ func run(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := tpmOperations(ctx); err != nil {
+		return err
+	}
 	for scheme, curve := range map[string]*cmp.Curve{"ecdsa-p256": cmp.P256, "ecdsa-secp256k1": cmp.Secp256k1} {
 		if err := ecdsa(ctx, bin, scheme, curve); err != nil {
 			return err
