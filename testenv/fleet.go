@@ -139,6 +139,9 @@ func (h *Host) ConfigFile() string { return filepath.Join(h.Dir, "conseal.toml")
 func (h *Host) SignSocket() string  { return filepath.Join(h.Dir, "sign.sock") }
 func (h *Host) AdminSocket() string { return filepath.Join(h.Dir, "admin.sock") }
 
+// PolicyFile is the seal policy with which the host was initialised, if there is a Team.
+func (h *Host) PolicyFile() string { return filepath.Join(h.Dir, "policy.toml") }
+
 // LogFile is where the agent's standard error goes.
 func (h *Host) LogFile() string { return filepath.Join(h.Dir, "agent.log") }
 
@@ -181,13 +184,12 @@ func (h *Host) Init(ctx context.Context) error {
 		if err == nil {
 			return fmt.Errorf("conseald init on %s finished before a policy was signed", h.Name)
 		}
-		policy := filepath.Join(h.Dir, "policy.toml")
 		cmd := exec.CommandContext(ctx, h.fleet.Bin.Client, "seal", "sign", "--measurement", filepath.Join(h.State(), "measurement.toml"),
-			"--key", h.fleet.Team.Key, "--passphrase", "file:"+h.fleet.Team.Passphrase, "--comment", "as installed", "--output", policy)
+			"--key", h.fleet.Team.Key, "--passphrase", "file:"+h.fleet.Team.Passphrase, "--comment", "as installed", "--output", h.PolicyFile())
 		if said, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("signing a seal policy for %s: %w: %s", h.Name, err, said)
 		}
-		out, err = h.init(ctx, "--policy", policy)
+		out, err = h.init(ctx, "--policy", h.PolicyFile())
 	}
 	if err != nil {
 		return err

@@ -146,6 +146,11 @@ func (s *sealPolicies) Install(ctx context.Context, document []byte) (string, er
 		if err := s.mine(d.Host, d.Counter); err != nil {
 			return "", err
 		}
+		if counter, _, err := s.t.Verdicts(ctx); err != nil {
+			return "", err
+		} else if d.Version < counter {
+			return "", fmt.Errorf("seal policy %d (%s) is revoked, as all below %d", d.Version, d.Comment, counter)
+		}
 		return fmt.Sprintf("seal policy %d (%s) is installed", d.Version, d.Comment), s.keep(d, document)
 	}
 	return "", fmt.Errorf("a %T", signed)
