@@ -20,7 +20,8 @@ import (
 var allowed = map[string][]string{
 	"internal/secret":              {},
 	"internal/failpoint":           {},
-	"tpm":                          {"internal/secret", "tpm/policy"},
+	"tpm":                          {"internal/secret", "tpm/attest", "tpm/policy"},
+	"tpm/attest":                   {"tpm/policy"},
 	"tpm/policy":                   {},
 	"hsm":                          {"internal/secret"},
 	"protocol":                     {"internal/secret"},
@@ -52,7 +53,7 @@ var allowed = map[string][]string{
 // pool deadlocks.
 var onlyIn = map[string][]string{
 	"github.com/miekg/pkcs11":       {"hsm"},
-	"github.com/google/go-tpm/tpm2": {"tpm", "tpm/policy", "testenv"},
+	"github.com/google/go-tpm/tpm2": {"tpm", "tpm/attest", "tpm/policy", "testenv"},
 	"C":                             {},
 
 	"github.com/luxfi/threshold/...":                   {"protocol/guard", "protocol/cmp", "protocol/taproot"},

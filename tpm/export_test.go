@@ -1,5 +1,11 @@
 package tpm
 
+import (
+	"context"
+
+	"conseal/tpm/attest"
+)
+
 // RecodeSealed decodes a blob of Seal and encodes it again.
 func RecodeSealed(blob []byte) ([]byte, error) {
 	s, err := decodeSealed(blob)
@@ -16,4 +22,13 @@ func RecodeIdentity(blob []byte) ([]byte, error) {
 		return nil, err
 	}
 	return k.encode(), nil
+}
+
+// OpenChallenge gives what a challenge holds, which a host does not tell.
+func (t *TPM) OpenChallenge(ctx context.Context, c *attest.Challenge) (held []byte, err error) {
+	err = t.transact(ctx, "opening a challenge", func(x *tx) error {
+		held, err = x.activate(c)
+		return err
+	})
+	return held, err
 }
