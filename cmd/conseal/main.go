@@ -86,14 +86,8 @@ and people who sign use the sign socket; who may use which key is in the roster.
 		Version:       version,
 		SilenceUsage:  true,
 		SilenceErrors: true,
-		Args: func(c *cobra.Command, a []string) error {
-			if len(a) > 0 {
-				return usageError{fmt.Errorf("unknown command %q; see `conseal --help`", a[0])}
-			}
-			return nil
-		},
-		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
+	groups(root)
 	root.SetOut(out)
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())}
@@ -101,6 +95,18 @@ and people who sign use the sign socket; who may use which key is in the roster.
 	root.PersistentFlags().BoolVar(&e.json, "json", false, "print JSON, for programs")
 	root.AddCommand(statusCommand(e), keysCommand(e), keyCommand(e), signCommand(e), verifyCommand(e), rosterCommand(e), sealCommand(e), exitCodesTopic())
 	return root
+}
+
+// groups makes a command that only groups others refuse what is none of them.
+func groups(c *cobra.Command) *cobra.Command {
+	c.Args = func(c *cobra.Command, a []string) error {
+		if len(a) > 0 {
+			return usageError{fmt.Errorf("unknown command %q; see `%s --help`", a[0], c.CommandPath())}
+		}
+		return nil
+	}
+	c.RunE = func(c *cobra.Command, _ []string) error { return c.Help() }
+	return c
 }
 
 // socketFlag adds --socket; CONSEAL_SIGN_SOCKET or CONSEAL_ADMIN_SOCKET in the

@@ -12,7 +12,7 @@ import (
 )
 
 func rosterCommand(e *env) *cobra.Command {
-	c := &cobra.Command{Use: "roster", Short: "Rosters", Args: cobra.NoArgs}
+	c := groups(&cobra.Command{Use: "roster", Short: "Rosters"})
 	c.AddCommand(&cobra.Command{
 		Use:   "check FILE",
 		Short: "Check a roster, and print its digest and what it says",

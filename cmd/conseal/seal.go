@@ -22,7 +22,7 @@ import (
 )
 
 func sealCommand(e *env) *cobra.Command {
-	c := &cobra.Command{
+	c := groups(&cobra.Command{
 		Use:   "seal",
 		Short: "Seal policies: in which measured states a host's TPM opens its shares",
 		Long: `Seal policies: in which measured states a host's TPM opens its shares.
@@ -30,8 +30,7 @@ func sealCommand(e *env) *cobra.Command {
 On the host, over the admin socket: measure, status, install. At the security
 team, on files: plan, sign, revoke. Files travel between them in the open: what
 the team signs is signed, and what a host measures proves nothing by itself.`,
-		Args: cobra.NoArgs,
-	}
+	})
 	c.AddCommand(sealMeasure(e), sealStatus(e), sealInstall(e), sealPlan(e), sealSign(e), sealRevoke(e))
 	return c
 }

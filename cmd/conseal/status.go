@@ -164,7 +164,7 @@ func keysCommand(e *env) *cobra.Command {
 }
 
 func keyCommand(e *env) *cobra.Command {
-	c := &cobra.Command{Use: "key", Short: "One key", Args: cobra.NoArgs}
+	c := groups(&cobra.Command{Use: "key", Short: "One key"})
 	var asPEM bool
 	var wait time.Duration
 	show := &cobra.Command{

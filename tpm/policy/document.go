@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -270,8 +271,7 @@ func Parse(b []byte, key *ecdsa.PublicKey) (any, error) {
 		return nil, fmt.Errorf("%d bytes are no seal policy", len(b))
 	}
 	var f file
-	d := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields()
-	if err := d.Decode(&f); err != nil {
+	if err := decode(b, &f, kindPolicy, kindRevocation); err != nil {
 		return nil, fmt.Errorf("not a signed seal policy: %w", err)
 	}
 	s, err := f.statement()
@@ -304,6 +304,20 @@ func Parse(b []byte, key *ecdsa.PublicKey) (any, error) {
 	return s, nil
 }
 
+// decode reads TOML of one of some kinds, with no field but those that it has.
+func decode(b []byte, to any, kinds ...string) error {
+	var of struct {
+		Kind any `toml:"kind"`
+	}
+	if err := toml.Unmarshal(b, &of); err != nil {
+		return err
+	}
+	if kind, ok := of.Kind.(string); !ok || !slices.Contains(kinds, kind) {
+		return fmt.Errorf("its kind is none of %q", kinds)
+	}
+	return toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields().Decode(to)
+}
+
 func verify(key *ecdsa.PublicKey, digest []byte, sig [64]byte) bool {
 	return ecdsa.Verify(key, digest, new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:]))
 }
@@ -328,7 +342,7 @@ func (f *file) statement() (statement, error) {
 	case f.Kind == kindRevocation && f.Below != nil && f.Version == nil && f.PCRs == nil:
 		return &Revocation{f.Host, uint32(counter), *f.Below, f.Comment, signed, s}, nil
 	}
-	return nil, fmt.Errorf("kind = %q, or what goes with it, is not known to this version", f.Kind)
+	return nil, fmt.Errorf("it lacks what a %s has, or has more", f.Kind)
 }
 
 func parseState(pcrs map[string]string) (State, error) {

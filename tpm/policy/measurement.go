@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"bytes"
 	"fmt"
 	"strconv"
 	"strings"
@@ -52,11 +51,8 @@ func ParseMeasurement(b []byte) (*Measurement, error) {
 	if len(b) > MaxDocument {
 		return nil, fmt.Errorf("%d bytes are no measurement", len(b))
 	}
-	if err := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields().Decode(&f); err != nil {
-		return nil, fmt.Errorf("not a measurement: %w", err)
-	}
-	if f.Kind != kindMeasurement {
-		return nil, fmt.Errorf("kind = %q, not %q", f.Kind, kindMeasurement)
+	if err := decode(b, &f, kindMeasurement); err != nil {
+		return nil, fmt.Errorf("not a measurement of `conseal seal measure`: %w", err)
 	}
 	counter, err := strconv.ParseUint(f.Counter, 0, 32)
 	if err != nil {
