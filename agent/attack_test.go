@@ -46,14 +46,14 @@ func betray(ctx context.Context, t *testing.T, f *testenv.Fleet) *traitor {
 	var kept struct {
 		SRKName   []byte         `json:"srk_name"`
 		PCRWanted map[int][]byte `json:"pcr_wanted"`
-		Identity  []byte         `json:"identity"`
+		Identity  string         `json:"identity"`
 	}
 	b, err := os.ReadFile(filepath.Join(beta.State(), "tpm.json"))
 	must(t, err)
 	must(t, json.Unmarshal(b, &kept))
 	hw, err := tpm.Open(ctx, tpm.Config{Device: beta.Tap.Address(), PCRs: []int{0, 2, 4, 7}, SRKName: kept.SRKName, PCRWanted: kept.PCRWanted})
 	must(t, err)
-	identity, err := hw.Identity(ctx, kept.Identity)
+	identity, err := hw.Identity(ctx, []byte(kept.Identity))
 	must(t, err)
 	roster, err := config.LoadRoster(f.RosterFile())
 	must(t, err)

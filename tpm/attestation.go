@@ -44,7 +44,7 @@ func (t *TPM) Claim(ctx context.Context, identity []byte) (*attest.Claim, error)
 	}
 	var c *attest.Claim
 	err = t.transact(ctx, "claiming", func(x *tx) (err error) {
-		c = &attest.Claim{Identity: tpm2.Marshal(identityPublic(k.point))}
+		c = &attest.Claim{Identity: k.blob.public}
 		if c.EKCertificate, err = x.readEKCertificate(); err != nil {
 			return err
 		}
@@ -87,7 +87,7 @@ func (t *TPM) Prove(ctx context.Context, identity []byte, c *attest.Challenge) (
 				return err
 			}
 			e.Quote, e.QuoteSignature = quote.Quoted.Bytes(), tpm2.Marshal(quote.Signature)
-			return x.withLoaded(identityPublic(k.point), k.private, func(object tpm2.AuthHandle) error {
+			return x.withLoaded(k.area, k.blob.private, func(object tpm2.AuthHandle) error {
 				certified, err := run(x, tpm2.Certify{
 					ObjectHandle: object, SignHandle: signer, QualifyingData: tpm2.TPM2BData{Buffer: c.Nonce}, InScheme: tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
 				})
@@ -107,6 +107,41 @@ func (t *TPM) Prove(ctx context.Context, identity []byte, c *attest.Challenge) (
 		return nil, err
 	}
 	return e, nil
+}
+
+// CertifySealed has the AK say, for a verifier's nonce, that this TPM made what a blob
+// of Seal holds, and so under which policy alone that opens ([attest.Sealing]). It opens
+// nothing, and needs no permitted state.
+func (t *TPM) CertifySealed(ctx context.Context, blob, nonce []byte) (*attest.Sealing, error) {
+	s, err := decodeSealed(blob)
+	if err != nil {
+		return nil, fmt.Errorf("%s: certifying a sealed key: %w", t.Name(), err)
+	}
+	var out *attest.Sealing
+	err = t.transact(ctx, "certifying a sealed key", func(x *tx) error {
+		public, err := x.publicOf(s)
+		if err != nil {
+			return err
+		}
+		return x.withEndorsement(akTemplate(), func(ak tpm2.NamedHandle, _ *tpm2.TPMTPublic) error {
+			return x.withLoaded(*public, s.private, func(object tpm2.AuthHandle) error {
+				rsp, err := run(x, tpm2.CertifyCreation{
+					SignHandle:     tpm2.AuthHandle{Handle: ak.Handle, Name: ak.Name, Auth: tpm2.PasswordAuth(nil)},
+					ObjectHandle:   tpm2.NamedHandle{Handle: object.Handle, Name: object.Name},
+					QualifyingData: tpm2.TPM2BData{Buffer: nonce},
+					CreationHash:   tpm2.TPM2BDigest{Buffer: s.creation.hash[:]},
+					InScheme:       tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
+					CreationTicket: s.creation.ticket,
+				})
+				if err != nil {
+					return err
+				}
+				out = &attest.Sealing{Public: s.public, Attest: rsp.CertifyInfo.Bytes(), Signature: tpm2.Marshal(rsp.Signature)}
+				return nil
+			})
+		})
+	})
+	return out, err
 }
 
 // activate opens a challenge (TPM2_ActivateCredential).

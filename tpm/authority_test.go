@@ -23,7 +23,7 @@ type team struct {
 	installed []*policy.Policy
 }
 
-func newTeam(t *testing.T) *team {
+func newTeam(t testing.TB) *team {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -42,7 +42,7 @@ func (m *team) authority(host string) *tpm.Authority {
 }
 
 // newGovernedHost is provisioned under a security team's policies, of which it has none.
-func newGovernedHost(t *testing.T, m *team, pcrs ...int) *host {
+func newGovernedHost(t testing.TB, m *team, pcrs ...int) *host {
 	t.Helper()
 	h := &host{device: startTPM(t)}
 	h.tap = startTap(t, h.device)
@@ -54,14 +54,14 @@ func newGovernedHost(t *testing.T, m *team, pcrs ...int) *host {
 }
 
 // allow signs and installs a policy for the present state.
-func (m *team) allow(t *testing.T, h *host, comment string) *policy.Policy {
+func (m *team) allow(t testing.TB, h *host, comment string) *policy.Policy {
 	t.Helper()
 	p := m.sign(t, h.measured(t).Policy(comment, time.Now()))
 	m.installed = append(m.installed, p)
 	return p
 }
 
-func (h *host) measured(t *testing.T) *policy.Measurement {
+func (h *host) measured(t testing.TB) *policy.Measurement {
 	t.Helper()
 	m, err := h.Measure(t.Context())
 	if err != nil {
@@ -75,7 +75,7 @@ func (h *host) measured(t *testing.T) *policy.Measurement {
 }
 
 // sign takes a policy through its document, as it travels.
-func (m *team) sign(t *testing.T, p *policy.Policy) *policy.Policy {
+func (m *team) sign(t testing.TB, p *policy.Policy) *policy.Policy {
 	t.Helper()
 	document, err := p.Sign(m)
 	if err != nil {

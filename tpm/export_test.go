@@ -2,6 +2,7 @@ package tpm
 
 import (
 	"context"
+	"encoding/pem"
 
 	"conseal/tpm/attest"
 )
@@ -21,7 +22,7 @@ func RecodeIdentity(blob []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return k.encode(), nil
+	return k.blob.encode(pem.Block{}), nil
 }
 
 // OpenChallenge gives what a challenge holds, which a host does not tell.

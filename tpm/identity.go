@@ -9,22 +9,23 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/asn1"
-	"encoding/binary"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"math/big"
 
+	keyfile "github.com/foxboron/go-tpm-keyfiles"
 	"github.com/google/go-tpm/tpm2"
 )
 
 // identity is the host's key: ECDSA on P-256, made in the TPM and never outside.
 // It implements [crypto.Signer]; its methods may be called by several goroutines.
 type identity struct {
-	t       *TPM
-	point   [2 * coordinate]byte // public point, X then Y
-	private []byte               // encrypted and authenticated by the TPM under the SRK
-	public  *ecdsa.PublicKey
+	t      *TPM
+	blob   tss2
+	area   tpm2.TPMTPublic
+	public *ecdsa.PublicKey
 }
 
 // coordinate is the length of one of a P-256 point.
@@ -76,7 +77,7 @@ func (k *identity) prove(x *tx) error {
 // bus could have had something else signed.
 func (k *identity) sign(x *tx, digest []byte) ([]byte, error) {
 	var signature []byte
-	err := x.withLoaded(identityPublic(k.point), k.private, func(key tpm2.AuthHandle) error {
+	err := x.withLoaded(k.area, k.blob.private, func(key tpm2.AuthHandle) error {
 		rsp, err := run(x, tpm2.Sign{
 			KeyHandle: key,
 			Digest:    tpm2.TPM2BDigest{Buffer: digest},
@@ -117,21 +118,12 @@ func (x *tx) makeIdentity() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	made, err := rsp.OutPublic.Contents()
-	if err != nil {
-		return nil, x.distrust("TPM2_Create", err)
-	}
-	p, err := made.Unique.ECC()
-	if err != nil || len(p.X.Buffer) > coordinate || len(p.Y.Buffer) > coordinate {
-		return nil, x.distrust("TPM2_Create", fmt.Errorf("unusable point: %w", err))
-	}
-	k := identity{private: bytes.Clone(rsp.OutPrivate.Buffer)}
-	copy(k.point[coordinate-len(p.X.Buffer):coordinate], p.X.Buffer)
-	copy(k.point[2*coordinate-len(p.Y.Buffer):], p.Y.Buffer)
-	if !bytes.Equal(tpm2.Marshal(*made), tpm2.Marshal(identityPublic(k.point))) {
+	k := tss2{kind: keyfile.OIDLoadableKey, public: rsp.OutPublic.Bytes(), private: bytes.Clone(rsp.OutPrivate.Buffer)}
+	blob := k.encode(pem.Block{})
+	if _, err := decodeIdentity(blob); err != nil {
 		return nil, x.distrust("TPM2_Create", errors.New("it made another key than it was told to"))
 	}
-	return k.encode(), nil
+	return blob, nil
 }
 
 func ecdsaSHA256() tpm2.TPMTSigScheme {
@@ -170,28 +162,25 @@ func identityPublic(point [2 * coordinate]byte) tpm2.TPMTPublic {
 	}
 }
 
-// The blob: magic, point (64 bytes), length of the private part (2, big endian),
-// private part.
-const identityMagic = "conseal tpm identity 1\n"
-
-func (k *identity) encode() []byte {
-	b := append([]byte(identityMagic), k.point[:]...)
-	b = binary.BigEndian.AppendUint16(b, uint16(len(k.private)))
-	return append(b, k.private...)
-}
-
+// decodeIdentity wants a key that is as makeIdentity has it made.
 func decodeIdentity(blob []byte) (*identity, error) {
-	r := &reader{rest: blob}
-	var k identity
-	if string(r.take(len(identityMagic))) != identityMagic {
-		return nil, fail(ClassCorrupt, "not an identity that this version made; %s", advice[ClassCorrupt])
+	corrupt := fail(ClassCorrupt, "not an identity that this version made, or it was changed; %s", advice[ClassCorrupt])
+	k, _, ok := decodeTSS2(blob, keyfile.OIDLoadableKey, "")
+	if !ok || k.pin {
+		return nil, corrupt
 	}
-	copy(k.point[:], r.take(len(k.point)))
-	k.private = r.private()
-	var err error
-	k.public, err = ecdsa.ParseUncompressedPublicKey(elliptic.P256(), append([]byte{4}, k.point[:]...))
-	if !r.done() || err != nil {
-		return nil, fail(ClassCorrupt, "the identity blob is malformed; %s", advice[ClassCorrupt])
+	area, err := tpm2.Unmarshal[tpm2.TPMTPublic](k.public)
+	if err != nil {
+		return nil, corrupt
 	}
-	return &k, nil
+	key, err := tpm2.Pub(*area)
+	public, isECDSA := key.(*ecdsa.PublicKey)
+	if err != nil || !isECDSA || public.Curve != elliptic.P256() {
+		return nil, corrupt
+	}
+	point, err := public.Bytes() // refuses what is not on the curve
+	if err != nil || !bytes.Equal(k.public, tpm2.Marshal(identityPublic([2 * coordinate]byte(point[1:])))) {
+		return nil, corrupt
+	}
+	return &identity{blob: *k, area: *area, public: public}, nil
 }

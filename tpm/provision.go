@@ -77,7 +77,7 @@ func (x *tx) provision(p *Provisioned) error {
 	}
 
 	p.Identity = bytes.Clone(x.cfg.Identity)
-	if p.Identity == nil {
+	if len(p.Identity) == 0 {
 		if p.Identity, err = x.makeIdentity(); err != nil {
 			return fmt.Errorf("making the identity key: %w", err)
 		}
@@ -89,7 +89,7 @@ func (x *tx) provision(p *Provisioned) error {
 	if err != nil {
 		return fmt.Errorf("trying the identity key: %w", err)
 	}
-	note(x.cfg.Identity == nil, "identity key")
+	note(len(x.cfg.Identity) == 0, "identity key")
 	return nil
 }
 

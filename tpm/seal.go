@@ -5,24 +5,29 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
-	"encoding/binary"
+	"encoding/pem"
 	"fmt"
 	"slices"
 
+	keyfile "github.com/foxboron/go-tpm-keyfiles"
 	"github.com/google/go-tpm/tpm2"
 
 	"conseal/internal/secret"
 	"conseal/tpm/policy"
 )
 
-// sealed is what a blob holds: a sealed data object of the TPM, and the state in
-// which it opens unless signed policies say that. The public part is not stored but
-// built from these, so that no blob can carry attributes or a policy that we did not
-// choose.
+// sealed is what a blob holds: a sealed data object of the TPM, the state in which it
+// opens unless signed policies say that, and the TPM's word that it made the object.
 type sealed struct {
-	state   policy.State      // nil: signed policies say
-	unique  [sha256.Size]byte // binds the private part to the public one
-	private []byte            // encrypted and authenticated by the TPM under the SRK
+	tss2
+	state    policy.State // nil: signed policies say
+	creation creation
+}
+
+// creation is what TPM2_Create says of what it made; TPM2_CertifyCreation wants it back.
+type creation struct {
+	hash   [sha256.Size]byte
+	ticket tpm2.TPMTTKCreation
 }
 
 // KeySize is the length of the keys that Seal makes, and of the root.
@@ -102,34 +107,41 @@ func (x *tx) seal(state policy.State, payload []byte) (*sealed, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &sealed{state: state, private: bytes.Clone(rsp.OutPrivate.Buffer)}
-	made, err := rsp.OutPublic.Contents()
-	if err != nil {
-		return nil, x.distrust("TPM2_Create", err)
+	s := &sealed{state: state, creation: creation{ticket: rsp.CreationTicket}}
+	s.kind, s.public, s.private = keyfile.OIDSealedKey, rsp.OutPublic.Bytes(), bytes.Clone(rsp.OutPrivate.Buffer)
+	if copy(s.creation.hash[:], rsp.CreationHash.Buffer) != len(s.creation.hash) {
+		return nil, x.distrust("TPM2_Create", fmt.Errorf("a creation hash of %d bytes", len(rsp.CreationHash.Buffer)))
 	}
-	unique, err := made.Unique.KeyedHash()
-	if err != nil || copy(s.unique[:], unique.Buffer) != len(s.unique) {
-		return nil, x.distrust("TPM2_Create", fmt.Errorf("unusable unique field: %w", err))
-	}
-	again, err := sealedPublic(x.ruleFor(state), s.unique[:])
-	if err != nil || !bytes.Equal(tpm2.Marshal(*made), tpm2.Marshal(again)) {
+	if _, err := x.publicOf(s); err != nil {
 		return nil, x.distrust("TPM2_Create", fmt.Errorf("it made another object than it was told to: %w", err))
 	}
 	return s, nil
 }
 
+// publicOf is the public part that the object of a blob must have, built from what we
+// know: no blob can carry attributes or a policy that we did not choose.
+func (x *tx) publicOf(s *sealed) (*tpm2.TPMTPublic, error) {
+	if (s.state == nil) != (x.authority != nil) {
+		return nil, fail(ClassCorrupt, "the blob was sealed with a policy key and this host is configured without, or the other way round")
+	}
+	public, err := sealedPublic(x.ruleFor(s.state), s.public[max(0, len(s.public)-sha256.Size):])
+	if err != nil {
+		return nil, err
+	}
+	if !bytes.Equal(tpm2.Marshal(public), s.public) {
+		return nil, fail(ClassCorrupt, "the blob opens under another policy than this host has: it is another host's, or the configuration (the host's name, its policy key, the index of its counter) changed: put it back")
+	}
+	return &public, nil
+}
+
 // unseal lends fn the payload.
 func (x *tx) unseal(s *sealed, fn func(payload []byte) error) error {
-	if (s.state == nil) != (x.authority != nil) {
-		return fail(ClassCorrupt, "the blob was sealed with a policy key and this host is configured without, or the other way round")
-	}
-	r := x.ruleFor(s.state)
-	public, err := sealedPublic(r, s.unique[:])
+	public, err := x.publicOf(s)
 	if err != nil {
 		return err
 	}
-	return x.withLoaded(public, s.private, func(object tpm2.AuthHandle) error {
-		return x.under(r, func(session tpm2.Session) error {
+	return x.withLoaded(*public, s.private, func(object tpm2.AuthHandle) error {
+		return x.under(x.ruleFor(s.state), func(session tpm2.Session) error {
 			object.Auth = session
 			rsp, err := run(x, tpm2.Unseal{ItemHandle: object}, x.srk.encryptOut())
 			if err != nil {
@@ -168,51 +180,37 @@ func (x *tx) ruleFor(state policy.State) rule {
 	return fixed(state)
 }
 
-// sealedPublic is the public part of a sealed data object that opens under a rule
-// only. UserWithAuth is clear: without it the policy is the only way in.
+// sealedPublic is the public part of a sealed data object that opens under a rule only.
 func sealedPublic(r rule, unique []byte) (tpm2.TPMTPublic, error) {
 	digest, err := r.authPolicy()
-	return tpm2.TPMTPublic{
-		Type:    tpm2.TPMAlgKeyedHash,
-		NameAlg: tpm2.TPMAlgSHA256,
-		ObjectAttributes: tpm2.TPMAObject{
-			FixedTPM:        true,
-			FixedParent:     true,
-			AdminWithPolicy: true,
-			NoDA:            true,
-		},
-		AuthPolicy: tpm2.TPM2BDigest{Buffer: digest},
-		Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgKeyedHash, &tpm2.TPMSKeyedHashParms{
-			Scheme: tpm2.TPMTKeyedHashScheme{Scheme: tpm2.TPMAlgNull},
-		}),
-		Unique: tpm2.NewTPMUPublicID(tpm2.TPMAlgKeyedHash, &tpm2.TPM2BDigest{Buffer: unique}),
-	}, err
+	return policy.SealedPublic(digest, unique), err
 }
 
-// The blob: magic, number of PCRs (1 byte; 0 if signed policies say), for each its
-// index (1) and value (32), unique (32), length of the private part (2, big endian),
-// private part.
-const (
-	sealedMagic = "conseal tpm sealed 1\n"
-	maxPrivate  = 1024 // a sealed data object's has about 200 bytes
-)
+// The second block of a blob: number of PCRs (1 byte; 0 if signed policies say), for each
+// its index (1) and value (32); the creation's hash (32) and ticket (TPMT_TK_CREATION);
+// SHA-256 of all that and the object, against damage and not against attackers: what the
+// TPM does not look at when it opens would be missed later.
+const sealedType = "CONSEAL SEALED KEY 1"
 
 func (s *sealed) encode() []byte {
-	b := append([]byte(sealedMagic), byte(len(s.state)))
+	b := []byte{byte(len(s.state))}
 	for _, i := range s.state.Indices() {
 		b = append(append(b, byte(i)), s.state[i]...)
 	}
-	b = append(b, s.unique[:]...)
-	b = binary.BigEndian.AppendUint16(b, uint16(len(s.private)))
-	return append(b, s.private...)
+	b = append(b, s.creation.hash[:]...)
+	b = append(b, tpm2.Marshal(s.creation.ticket)...)
+	sum := sha256.Sum256(bytes.Join([][]byte{b, s.public, s.private}, nil))
+	b = append(b, sum[:]...)
+	return s.tss2.encode(pem.Block{Type: sealedType, Bytes: b})
 }
 
 func decodeSealed(blob []byte) (*sealed, error) {
-	r := &reader{rest: blob}
-	var s sealed
-	if string(r.take(len(sealedMagic))) != sealedMagic {
-		return nil, fail(ClassCorrupt, "not a blob that this version sealed; %s", advice[ClassCorrupt])
+	k, extra, ok := decodeTSS2(blob, keyfile.OIDSealedKey, sealedType)
+	if !ok {
+		return nil, fail(ClassCorrupt, "not a blob that this version sealed, or it was changed; %s", advice[ClassCorrupt])
 	}
+	s := &sealed{tss2: *k}
+	r := &reader{rest: extra}
 	var indices []int
 	for range r.byte() {
 		if s.state == nil {
@@ -222,16 +220,19 @@ func decodeSealed(blob []byte) (*sealed, error) {
 		indices = append(indices, i)
 		s.state[i] = bytes.Clone(r.take(sha256.Size))
 	}
-	copy(s.unique[:], r.take(len(s.unique)))
-	s.private = r.private()
-	if !r.done() || !slices.IsSorted(indices) || s.state != nil && checkPCRs(indices) != nil {
+	copy(s.creation.hash[:], r.take(len(s.creation.hash)))
+	ticket, err := tpm2.Unmarshal[tpm2.TPMTTKCreation](r.rest) // leaves the sum, which encode makes again
+	if err != nil || r.short || !slices.IsSorted(indices) || s.state != nil && checkPCRs(indices) != nil {
 		return nil, fail(ClassCorrupt, "the sealed blob is malformed; %s", advice[ClassCorrupt])
 	}
-	return &s, nil
+	s.creation.ticket = *ticket
+	if !bytes.Equal(s.encode(), blob) {
+		return nil, fail(ClassCorrupt, "the sealed blob is malformed; %s", advice[ClassCorrupt])
+	}
+	return s, nil
 }
 
-// reader takes an encoding apart. Once something was missing it gives zeros, and
-// done is false.
+// reader takes an encoding apart. Once something was missing it gives zeros.
 type reader struct {
 	rest  []byte
 	short bool
@@ -248,16 +249,3 @@ func (r *reader) take(n int) []byte {
 }
 
 func (r *reader) byte() byte { return r.take(1)[0] }
-
-// private is a TPM2B_PRIVATE.
-func (r *reader) private() []byte {
-	n := int(binary.BigEndian.Uint16(r.take(2)))
-	if n == 0 || n > maxPrivate {
-		r.short = true
-		return nil
-	}
-	return bytes.Clone(r.take(n))
-}
-
-// done tells whether everything was there, and nothing more.
-func (r *reader) done() bool { return !r.short && len(r.rest) == 0 }

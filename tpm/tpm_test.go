@@ -26,6 +26,9 @@ var _ vault.Protector = (*tpm.TPM)(nil)
 var base string
 
 func TestMain(m *testing.M) {
+	if len(os.Args) == 3 && os.Args[1] == relayFlag {
+		os.Exit(relay(os.Args[2]))
+	}
 	os.Exit(func() int {
 		var err error
 		if base, err = os.MkdirTemp("/tmp", "conseal-tpm-"); err != nil {
@@ -38,7 +41,7 @@ func TestMain(m *testing.M) {
 }
 
 // startTPM starts a new TPM.
-func startTPM(t *testing.T) *testenv.TPM {
+func startTPM(t testing.TB) *testenv.TPM {
 	t.Helper()
 	dir, err := os.MkdirTemp(base, "h")
 	if err != nil {
@@ -61,7 +64,7 @@ type host struct {
 	made   tpm.Provisioned
 }
 
-func newHost(t *testing.T, pcrs ...int) *host {
+func newHost(t testing.TB, pcrs ...int) *host {
 	t.Helper()
 	if pcrs == nil {
 		pcrs = []int{7}
@@ -75,7 +78,7 @@ func newHost(t *testing.T, pcrs ...int) *host {
 	return h
 }
 
-func startTap(t *testing.T, s *testenv.TPM) *testenv.Tap {
+func startTap(t testing.TB, s *testenv.TPM) *testenv.Tap {
 	t.Helper()
 	tap, err := s.Tap("tap.sock")
 	if err != nil {
@@ -85,7 +88,7 @@ func startTap(t *testing.T, s *testenv.TPM) *testenv.Tap {
 	return tap
 }
 
-func provision(t *testing.T, cfg tpm.Config) tpm.Provisioned {
+func provision(t testing.TB, cfg tpm.Config) tpm.Provisioned {
 	t.Helper()
 	p, err := tpm.Provision(t.Context(), cfg)
 	if err != nil {
@@ -100,7 +103,7 @@ func remember(cfg tpm.Config, p tpm.Provisioned) tpm.Config {
 	return cfg
 }
 
-func open(t *testing.T, cfg tpm.Config) *tpm.TPM {
+func open(t testing.TB, cfg tpm.Config) *tpm.TPM {
 	t.Helper()
 	d, err := tpm.Open(t.Context(), cfg)
 	if err != nil {
@@ -110,7 +113,7 @@ func open(t *testing.T, cfg tpm.Config) *tpm.TPM {
 	return d
 }
 
-func (h *host) reboot(t *testing.T) {
+func (h *host) reboot(t testing.TB) {
 	t.Helper()
 	h.tap.Connect(h.device)
 	if err := h.device.Restart(t.Context()); err != nil {
@@ -118,14 +121,14 @@ func (h *host) reboot(t *testing.T) {
 	}
 }
 
-func (h *host) extend(t *testing.T, pcr int, data string) {
+func (h *host) extend(t testing.TB, pcr int, data string) {
 	t.Helper()
 	if err := h.tap.Extend(pcr, data); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func seal(t *testing.T, d *tpm.TPM, id string) (*secret.Bytes, []byte) {
+func seal(t testing.TB, d *tpm.TPM, id string) (*secret.Bytes, []byte) {
 	t.Helper()
 	key, blob, err := d.Seal(t.Context(), id)
 	if err != nil {
@@ -137,7 +140,7 @@ func seal(t *testing.T, d *tpm.TPM, id string) (*secret.Bytes, []byte) {
 	return key, blob
 }
 
-func wantOpens(t *testing.T, d *tpm.TPM, id string, blob []byte, want *secret.Bytes) {
+func wantOpens(t testing.TB, d *tpm.TPM, id string, blob []byte, want *secret.Bytes) {
 	t.Helper()
 	got, err := d.Open(t.Context(), id, blob)
 	if err != nil {
@@ -149,7 +152,7 @@ func wantOpens(t *testing.T, d *tpm.TPM, id string, blob []byte, want *secret.By
 	}
 }
 
-func wantRoot(t *testing.T, d *tpm.TPM, want *secret.Bytes) {
+func wantRoot(t testing.TB, d *tpm.TPM, want *secret.Bytes) {
 	t.Helper()
 	got, err := d.Root(t.Context())
 	if err != nil {
@@ -161,7 +164,7 @@ func wantRoot(t *testing.T, d *tpm.TPM, want *secret.Bytes) {
 	}
 }
 
-func setRoot(t *testing.T, d *tpm.TPM) *secret.Bytes {
+func setRoot(t testing.TB, d *tpm.TPM) *secret.Bytes {
 	t.Helper()
 	root := secret.Random(tpm.KeySize)
 	if err := d.SetRoot(t.Context(), root); err != nil {

@@ -57,7 +57,7 @@ func openTPM(ctx context.Context, c *config.Host) (*hardware, error) {
 		defer cancel()
 		return t.Close(ctx)
 	}
-	identity, err := t.Identity(ctx, kept.Identity)
+	identity, err := t.Identity(ctx, []byte(kept.Identity))
 	if err != nil {
 		return nil, errors.Join(err, closeTPM())
 	}
@@ -90,7 +90,7 @@ func tpmConfig(c *config.Host, kept *tpmRecord, seal *sealPolicies) tpm.Config {
 	t := &c.Protector.TPM
 	return tpm.Config{
 		Device: t.Device, Timeout: t.Timeout, PCRs: t.PCRs, NVRoot: t.NVRoot, SRKHandle: t.SRKHandle,
-		Authority: seal.authority(), SRKName: kept.SRKName, PCRWanted: kept.PCRWanted, Identity: kept.Identity,
+		Authority: seal.authority(), SRKName: kept.SRKName, PCRWanted: kept.PCRWanted, Identity: []byte(kept.Identity),
 	}
 }
 
@@ -100,8 +100,10 @@ type tpmRecord struct {
 	Version   int            `json:"version"`
 	SRKName   []byte         `json:"srk_name"`
 	PCRWanted map[int][]byte `json:"pcr_wanted"`
-	Identity  []byte         `json:"identity"`
+	Identity  string         `json:"identity"` // PEM
 }
+
+const tpmRecordVersion = 2
 
 func tpmRecordPath(c *config.Host) string { return filepath.Join(c.State, "tpm.json") }
 
@@ -115,8 +117,8 @@ func readTPMRecord(c *config.Host) (*tpmRecord, error) {
 	if err := json.Unmarshal(b, r); err != nil {
 		return nil, fmt.Errorf("%s is damaged: %w: put it back from a backup (it holds no secret)", path, err)
 	}
-	if r.Version != 1 {
-		return nil, fmt.Errorf("%s has format version %d, this program knows 1", path, r.Version)
+	if r.Version != tpmRecordVersion {
+		return nil, fmt.Errorf("%s has format version %d, this program knows %d", path, r.Version, tpmRecordVersion)
 	}
 	return r, nil
 }

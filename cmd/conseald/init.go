@@ -103,7 +103,7 @@ func provision(ctx context.Context, c *config.Host) ([]string, error) {
 	}
 	kept, err := readTPMRecord(c)
 	if errors.Is(err, fs.ErrNotExist) {
-		kept, err = &tpmRecord{Version: 1}, nil
+		kept, err = &tpmRecord{Version: tpmRecordVersion}, nil
 	}
 	if err != nil {
 		return nil, err
@@ -116,7 +116,7 @@ func provision(ctx context.Context, c *config.Host) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	kept.SRKName, kept.PCRWanted, kept.Identity = p.SRKName, p.PCRWanted, p.Identity
+	kept.SRKName, kept.PCRWanted, kept.Identity = p.SRKName, p.PCRWanted, string(p.Identity)
 	return p.Steps, kept.write(c)
 }
 

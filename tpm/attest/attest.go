@@ -82,6 +82,7 @@ type Pending struct {
 // Attested is what a host has proved.
 type Attested struct {
 	Identity *ecdsa.PublicKey
+	AK       *ecdsa.PublicKey // signs what the TPM says of itself later
 	PCRs     policy.State
 	// Resets and restarts of the TPM so far, and its firmware: a host can be asked
 	// again whether it has restarted since.
@@ -169,7 +170,7 @@ func (p *Pending) Verify(e *Evidence, want []int) (*Attested, error) {
 	if !hmac.Equal(e.mac(held), e.Proof) {
 		return nil, errors.New("the host has not opened the challenge: its attestation key is not in the TPM of its endorsement key, or it answers another challenge")
 	}
-	quote, err := p.statement(e.Quote, e.QuoteSignature, tpm2.TPMSTAttestQuote)
+	quote, err := statement(p.ak, p.nonce, e.Quote, e.QuoteSignature, tpm2.TPMSTAttestQuote)
 	if err != nil {
 		return nil, fmt.Errorf("quote: %w", err)
 	}
@@ -180,7 +181,7 @@ func (p *Pending) Verify(e *Evidence, want []int) (*Attested, error) {
 	if err := checkPCRs(info, e.PCRs, want); err != nil {
 		return nil, err
 	}
-	certify, err := p.statement(e.Certify, e.CertifySignature, tpm2.TPMSTAttestCertify)
+	certify, err := statement(p.ak, p.nonce, e.Certify, e.CertifySignature, tpm2.TPMSTAttestCertify)
 	if err != nil {
 		return nil, fmt.Errorf("certification of the identity key: %w", err)
 	}
@@ -189,7 +190,7 @@ func (p *Pending) Verify(e *Evidence, want []int) (*Attested, error) {
 		return nil, errors.New("the attestation key certifies another key than the identity key that was claimed")
 	}
 	return &Attested{
-		Identity: p.identity, PCRs: e.PCRs,
+		Identity: p.identity, AK: p.ak, PCRs: e.PCRs,
 		ResetCount: quote.ClockInfo.ResetCount, RestartCount: quote.ClockInfo.RestartCount, Firmware: quote.FirmwareVersion,
 	}, nil
 }
@@ -211,8 +212,8 @@ func checkPCRs(info *tpm2.TPMSQuoteInfo, pcrs policy.State, want []int) error {
 	return nil
 }
 
-// statement checks what the AK signed: that a TPM made it, for this challenge.
-func (p *Pending) statement(attest, signature []byte, kind tpm2.TPMST) (*tpm2.TPMSAttest, error) {
+// statement checks what an AK signed: that a TPM made it, of that kind, for this nonce.
+func statement(ak *ecdsa.PublicKey, nonce, attest, signature []byte, kind tpm2.TPMST) (*tpm2.TPMSAttest, error) {
 	sig, err := tpm2.Unmarshal[tpm2.TPMTSignature](signature)
 	if err != nil {
 		return nil, fmt.Errorf("malformed signature: %w", err)
@@ -222,7 +223,7 @@ func (p *Pending) statement(attest, signature []byte, kind tpm2.TPMST) (*tpm2.TP
 		return nil, errors.New("its signature is not ECDSA with SHA-256")
 	}
 	digest := sha256.Sum256(attest)
-	if !ecdsa.Verify(p.ak, digest[:], new(big.Int).SetBytes(rs.SignatureR.Buffer), new(big.Int).SetBytes(rs.SignatureS.Buffer)) {
+	if !ecdsa.Verify(ak, digest[:], new(big.Int).SetBytes(rs.SignatureR.Buffer), new(big.Int).SetBytes(rs.SignatureS.Buffer)) {
 		return nil, errors.New("its signature is not one of the attestation key")
 	}
 	a, err := tpm2.Unmarshal[tpm2.TPMSAttest](attest)
@@ -233,7 +234,7 @@ func (p *Pending) statement(attest, signature []byte, kind tpm2.TPMST) (*tpm2.TP
 		return nil, errors.New("no TPM made it")
 	case a.Type != kind:
 		return nil, fmt.Errorf("a statement of kind %#x, not %#x", uint16(a.Type), uint16(kind))
-	case !bytes.Equal(a.ExtraData.Buffer, p.nonce):
+	case !bytes.Equal(a.ExtraData.Buffer, nonce):
 		return nil, errors.New("it answers another challenge")
 	}
 	return a, nil

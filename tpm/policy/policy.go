@@ -198,6 +198,27 @@ func (h *Host) counterIs(session tpm2.TPMHandle, op tpm2.TPMEO, value uint64) (c
 	}, nil
 }
 
+// SealedPublic is the public part of a sealed data object that opens under a policy
+// only: UserWithAuth is clear, so that there is no other way in. unique is the object's
+// own, 32 bytes, or nil where the TPM is still to make it.
+func SealedPublic(authPolicy, unique []byte) tpm2.TPMTPublic {
+	return tpm2.TPMTPublic{
+		Type:    tpm2.TPMAlgKeyedHash,
+		NameAlg: tpm2.TPMAlgSHA256,
+		ObjectAttributes: tpm2.TPMAObject{
+			FixedTPM:        true,
+			FixedParent:     true,
+			AdminWithPolicy: true,
+			NoDA:            true,
+		},
+		AuthPolicy: tpm2.TPM2BDigest{Buffer: authPolicy},
+		Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgKeyedHash, &tpm2.TPMSKeyedHashParms{
+			Scheme: tpm2.TPMTKeyedHashScheme{Scheme: tpm2.TPMAlgNull},
+		}),
+		Unique: tpm2.NewTPMUPublicID(tpm2.TPMAlgKeyedHash, &tpm2.TPM2BDigest{Buffer: unique}),
+	}
+}
+
 // step is a command of a policy: TPM2_PolicyPCR and others.
 type step interface {
 	Update(*tpm2.PolicyCalculator) error
