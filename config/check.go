@@ -274,7 +274,7 @@ func (r *report) stateFolder(path string) {
 }
 
 // pinSource never repeats source, which may be the PIN by mistake. The file is
-// looked at only if the HSM is used.
+// looked at only if what needs the PIN is used.
 func (r *report) pinSource(path, source string, used bool) {
 	kind, where, _ := strings.Cut(source, ":")
 	n, err := strconv.Atoi(where)

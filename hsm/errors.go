@@ -3,6 +3,8 @@ package hsm
 import (
 	"errors"
 	"fmt"
+
+	"conseal/internal/pin"
 )
 
 // Class says what kind of failure an [Error] is, and so what can be done.
@@ -50,7 +52,7 @@ func ClassOf(err error) Class {
 	switch {
 	case errors.As(err, &e):
 		return e.Class
-	case errors.Is(err, ErrPINRefused):
+	case errors.Is(err, pin.ErrRefused):
 		return ClassAuth
 	case errors.Is(err, ErrNotAuthentic):
 		return ClassData
@@ -62,9 +64,6 @@ var (
 	// ErrNotAuthentic says that a blob was changed, belongs to another id, or
 	// was made by another token.
 	ErrNotAuthentic = errors.New("sealed data is not authentic: it is damaged, or was made for something or somebody else")
-	// ErrPINRefused says that the token refused the PIN, now or earlier. The
-	// same PIN is not sent again.
-	ErrPINRefused = errors.New("the token refused the PIN")
 	// ErrLost says that the token is there and works, but a key of this host
 	// is not in it any more.
 	ErrLost = errors.New("key is lost: restore the token from its vendor's backup, or recover the host's shares from its peers")

@@ -25,6 +25,9 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"conseal/internal/disk"
+	"conseal/internal/pin"
 )
 
 // Config says which token holds a host's keys and how to get into it.
@@ -86,12 +89,24 @@ func bareModule(file string) string {
 	return strings.ToLower(strings.TrimPrefix(strings.TrimSuffix(file, ".so"), "lib"))
 }
 
-// pin is the source that counts.
-func (c Config) pin(u *URI) (pinSource, error) {
+// pinSource is the source that counts.
+func (c Config) pinSource(u *URI) (pin.Source, error) {
 	if c.PINSource != "" {
-		return parsePINSource(c.PINSource)
+		return pin.ParseSource(c.PINSource)
 	}
-	return parsePINSource(u.PINSource)
+	return pin.ParseSource(u.PINSource)
+}
+
+// latch remembers the PINs that the token did not accept.
+func latch(stateDir string) pin.Latch { return pin.Latch{Dir: stateDir, Name: "hsm-pin.latch"} }
+
+// ClearLatch forgets which PINs the token refused. An operator calls for it
+// when the PIN is right and the token, not the PIN, was at fault.
+func ClearLatch(stateDir string) error {
+	if err := latch(stateDir).Clear(); err != nil {
+		return fmt.Errorf("hsm: %w", err)
+	}
+	return nil
 }
 
 func validName(name string) error {
@@ -114,7 +129,7 @@ func validStateDir(dir string) error {
 	if !info.IsDir() {
 		return fmt.Errorf("hsm: state folder %s is not a folder", dir)
 	}
-	if err := trusted(info, 0o022); err != nil {
+	if err := disk.Trusted(info, 0o022); err != nil {
 		return fmt.Errorf("hsm: state folder %s: %w", dir, err)
 	}
 	return nil

@@ -12,6 +12,8 @@ import (
 	"sync"
 
 	"github.com/miekg/pkcs11"
+
+	"conseal/internal/disk"
 )
 
 // module is a vendor's library in this process. It is never unloaded, and never
@@ -115,7 +117,7 @@ func trustedPath(path string) error {
 	for ; ; path = filepath.Dir(path) {
 		info, err := os.Stat(path)
 		if err == nil && info.Mode()&fs.ModeSticky == 0 { // in a sticky folder only owners rename
-			err = trusted(info, 0o022)
+			err = disk.Trusted(info, 0o022)
 		}
 		if err != nil {
 			return fmt.Errorf("hsm: module: %s: %w", path, err)

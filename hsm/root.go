@@ -19,6 +19,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"conseal/internal/disk"
 	"conseal/internal/secret"
 )
 
@@ -270,7 +271,7 @@ func older(k, root keyID) bool { return k != root && k.generation() <= root.gene
 // before its file was durable, so that is done again first.
 func (h *HSM) finish(ctx context.Context, root keyID) error {
 	path := filepath.Join(h.cfg.StateDir, rootFileName(root.generation()))
-	if err := errors.Join(syncPath(path), syncPath(h.cfg.StateDir)); err != nil {
+	if err := errors.Join(disk.Sync(path), disk.Sync(h.cfg.StateDir)); err != nil {
 		return err
 	}
 	if err := h.destroyOlder(ctx, root); err != nil {
@@ -358,7 +359,7 @@ func rootFileName(generation uint64) string {
 }
 
 func (h *HSM) putRootFile(e *envelope) error {
-	return writeDurable(h.cfg.StateDir, rootFileName(e.key.generation()), e.encode())
+	return disk.WriteFile(filepath.Join(h.cfg.StateDir, rootFileName(e.key.generation())), e.encode())
 }
 
 // readRootFiles reads every root file, oldest first.
@@ -386,7 +387,7 @@ func readRootFiles(dir string) ([]rootFile, error) {
 
 func readRootFile(dir string, generation uint64) (rootFile, error) {
 	f := rootFile{generation: generation}
-	b, err := readSmall(filepath.Join(dir, rootFileName(generation)), 4096)
+	b, err := disk.ReadSmall(filepath.Join(dir, rootFileName(generation)), 4096)
 	if err != nil {
 		return f, err
 	}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"conseal/internal/pin"
 	"conseal/internal/secret"
 )
 
@@ -26,8 +27,8 @@ import (
 type HSM struct {
 	cfg  Config
 	uri  *URI
-	pin  pinSource
-	kept *secret.Bytes // the PIN of an fd source, which may not be readable again; else nil
+	pin  pin.Source
+	kept *secret.Bytes // the PIN of a source that can be read once; else nil
 	mod  *module
 	wrap keyID // of the wrapping key, from Open on
 
@@ -97,7 +98,7 @@ func connect(ctx context.Context, cfg Config) (*HSM, error) {
 	if err != nil {
 		return nil, err
 	}
-	pin, err := cfg.pin(uri)
+	source, err := cfg.pinSource(uri)
 	if err != nil {
 		return nil, fmt.Errorf("hsm: %w", err)
 	}
@@ -105,9 +106,9 @@ func connect(ctx context.Context, cfg Config) (*HSM, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &HSM{cfg: cfg, uri: uri, pin: pin, mod: mod, done: make(chan struct{}), slots: make(chan struct{}, 1)}
-	if pin.kind == "fd" {
-		if h.kept, err = pin.read(); err != nil {
+	h := &HSM{cfg: cfg, uri: uri, pin: source, mod: mod, done: make(chan struct{}), slots: make(chan struct{}, 1)}
+	if source.Once() {
+		if h.kept, err = source.Read(); err != nil {
 			return nil, fmt.Errorf("hsm: %w", err)
 		}
 	}
@@ -387,14 +388,14 @@ func (h *HSM) logIn(sh pkcs11.SessionHandle, slot uint) error {
 	if err := mayTry(info.Flags); err != nil {
 		return err
 	}
-	pin := h.kept
-	if pin == nil {
-		if pin, err = h.pin.read(); err != nil {
+	value := h.kept
+	if value == nil {
+		if value, err = h.pin.Read(); err != nil {
 			return err
 		}
-		defer pin.Wipe()
+		defer value.Wipe()
 	}
-	return h.sendPIN(sh, pin)
+	return h.sendPIN(sh, value)
 }
 
 // mayTry refuses to send a PIN to a token that is locked or would lock.
@@ -410,27 +411,27 @@ func mayTry(flags uint) error {
 
 // sendPIN enters the PIN in the latch, sends it, and takes it out if the token
 // accepted it or never judged it.
-func (h *HSM) sendPIN(sh pkcs11.SessionHandle, pin *secret.Bytes) error {
-	l := latch{h.cfg.StateDir}
-	if err := l.arm(pin); err != nil {
+func (h *HSM) sendPIN(sh pkcs11.SessionHandle, value *secret.Bytes) error {
+	l := latch(h.cfg.StateDir)
+	if err := l.Arm(value); err != nil {
 		return err
 	}
-	err := pin.Use(func(b []byte) error {
+	err := value.Use(func(b []byte) error {
 		// No copy in Go's heap. The binding's own copy in C's is not wiped.
 		return h.mod.p.Login(sh, pkcs11.CKU_USER, unsafe.String(unsafe.SliceData(b), len(b)))
 	})
 	var rv pkcs11.Error
 	switch errors.As(err, &rv); {
 	case err == nil:
-		return ClearLatch(h.cfg.StateDir)
+		return l.Accepted()
 	case rv == pkcs11.CKR_USER_ALREADY_LOGGED_IN: // somebody else was faster
-		return l.disarm()
+		return l.Disarm()
 	case rv == pkcs11.CKR_SESSION_HANDLE_INVALID, rv == pkcs11.CKR_SESSION_CLOSED, rv == pkcs11.CKR_TOKEN_NOT_PRESENT,
 		rv == pkcs11.CKR_DEVICE_REMOVED, rv == pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED,
 		rv == pkcs11.CKR_USER_ANOTHER_ALREADY_LOGGED_IN:
-		return errors.Join(failed("C_Login", err), l.disarm())
+		return errors.Join(failed("C_Login", err), l.Disarm())
 	case rv == pkcs11.CKR_PIN_LOCKED:
-		return fmt.Errorf("%w, which is locked (%w): unlock it with the security officer's PIN", ErrPINRefused, err)
+		return fmt.Errorf("%w, which is locked (%w): unlock it with the security officer's PIN", pin.ErrRefused, err)
 	}
-	return fmt.Errorf("%w from %s (%w): put the right PIN there; this one is not sent again", ErrPINRefused, h.pin, err)
+	return fmt.Errorf("%w from %s (%w): put the right PIN there; this one is not sent again", pin.ErrRefused, h.pin, err)
 }

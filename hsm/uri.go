@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"unicode/utf8"
+
+	"conseal/internal/pin"
 )
 
 // URI is what a PKCS#11 URI (RFC 7512) selects. An empty or nil field selects
@@ -177,7 +179,7 @@ func checkText(name, value string) error {
 			return errors.New("must not hold a slash: a path goes into module-path")
 		}
 	case "pin-source":
-		_, err := parsePINSource(value)
+		_, err := pin.ParseSource(value)
 		return err
 	}
 	return nil

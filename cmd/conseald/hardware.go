@@ -14,6 +14,7 @@ import (
 	"conseal/agent/vault"
 	"conseal/config"
 	"conseal/hsm"
+	"conseal/internal/disk"
 	"conseal/tpm"
 )
 
@@ -129,29 +130,5 @@ func (r *tpmRecord) write(c *config.Host) error {
 	if err != nil {
 		return err
 	}
-	return writeFile(tpmRecordPath(c), append(b, '\n'))
-}
-
-// writeFile writes a file so that a crash leaves the old one or the new one.
-func writeFile(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name()) // gone already once it is renamed
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return disk.WriteFile(tpmRecordPath(c), append(b, '\n'))
 }

@@ -12,6 +12,7 @@ import (
 
 	"conseal/agent/api/apipb"
 	"conseal/config"
+	"conseal/internal/disk"
 	"conseal/tpm"
 	"conseal/tpm/policy"
 )
@@ -160,7 +161,7 @@ func (s *sealPolicies) keep(p *policy.Policy, document []byte) error {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return err
 	}
-	return writeFile(filepath.Join(s.dir, fmt.Sprintf("%d-%.4x.toml", p.Version, sha256.Sum256(document))), document)
+	return disk.WriteFile(filepath.Join(s.dir, fmt.Sprintf("%d-%.4x.toml", p.Version, sha256.Sum256(document))), document)
 }
 
 // unsigned says how to go on when no policy opens the TPM of a host that is being
@@ -169,7 +170,7 @@ func (s *sealPolicies) unsigned(ctx context.Context, c *config.Host, refused err
 	m, err := s.Measure(ctx)
 	file := filepath.Join(c.State, "measurement.toml")
 	if err == nil {
-		err = writeFile(file, m)
+		err = disk.WriteFile(file, m)
 	}
 	if err != nil {
 		return errors.Join(refused, err)

@@ -1,4 +1,18 @@
-package hsm
+// Package pin reads the PIN of a device, a TPM or a PKCS#11 token, and sees that
+// none is sent again that the device did not accept.
+//
+// [ParseSource] says where the PIN is and [Source.Read] gets it. Around each use of
+// it stands a [Latch]: [Latch.Arm] before the PIN is sent, then [Latch.Accepted] or,
+// if the device never judged it, [Latch.Disarm]. After a refusal, nothing:
+//
+//	source, err := pin.ParseSource("file:/etc/conseal/hsm.pin")
+//	value, err := source.Read()
+//	defer value.Wipe()
+//	latch := pin.Latch{Dir: "/var/lib/conseal/hsm", Name: "hsm-pin.latch"}
+//	err = latch.Arm(value) // ErrRefused: it was sent before
+//	... send it
+//	err = latch.Accepted()
+package pin
 
 import (
 	"bytes"
@@ -13,65 +27,73 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"conseal/internal/disk"
 	"conseal/internal/secret"
 )
 
-// pinSource is where a PIN comes from: never a command line, never the
-// environment, for others can read both.
-type pinSource struct {
+// Source is where a PIN comes from: never a command line, never the environment,
+// for others can read both. Make it with [ParseSource].
+type Source struct {
 	kind string // "file", "fd" or "cred"
 	arg  string // path, number or name
 }
 
 const maxPIN = 256 // bytes
 
-func parsePINSource(s string) (pinSource, error) {
+// ParseSource understands "file:/path" or "/path" (mode 0600, owned by us or root,
+// no symbolic link), "fd:N" (an open file descriptor, N >= 3) and "cred:NAME" (a
+// systemd credential). Its error does not repeat s, which may be a PIN by mistake.
+func ParseSource(s string) (Source, error) {
 	kind, arg, ok := strings.Cut(s, ":")
 	if strings.HasPrefix(s, "/") {
 		kind, arg, ok = "file", s, true
 	}
 	switch {
 	case ok && kind == "file" && filepath.IsAbs(arg) && !strings.HasPrefix(arg, "//"):
-		return pinSource{kind, arg}, nil
+		return Source{kind, arg}, nil
 	case ok && kind == "fd":
 		if n, err := strconv.ParseUint(arg, 10, 16); err == nil && n >= 3 && strconv.FormatUint(n, 10) == arg {
-			return pinSource{kind, arg}, nil
+			return Source{kind, arg}, nil
 		}
 	case ok && kind == "cred" && arg != "" && arg != "." && arg != ".." && !strings.ContainsAny(arg, "/\x00"):
-		return pinSource{kind, arg}, nil
+		return Source{kind, arg}, nil
 	}
-	return pinSource{}, errors.New("PIN source must be file:/path, fd:N with N >= 3, or cred:NAME")
+	return Source{}, errors.New("PIN source must be file:/path, fd:N with N >= 3, or cred:NAME")
 }
 
-func (p pinSource) String() string { return p.kind + ":" + p.arg }
+// String is the source as [ParseSource] reads it. It holds no secret.
+func (s Source) String() string { return s.kind + ":" + s.arg }
 
-// read gets the PIN: everything up to one final line end.
-func (p pinSource) read() (*secret.Bytes, error) {
-	f, err := p.open()
+// Once tells whether a second Read may find nothing: a pipe can be read once.
+func (s Source) Once() bool { return s.kind == "fd" }
+
+// Read gets the PIN, of 1 to 256 bytes: everything up to one final line end.
+func (s Source) Read() (*secret.Bytes, error) {
+	f, err := s.open()
 	if err != nil {
-		return nil, fmt.Errorf("reading the PIN from %s: %w", p, err)
+		return nil, fmt.Errorf("reading the PIN from %s: %w", s, err)
 	}
 	defer f.Close()
 	var buf [maxPIN + 3]byte // room for a line end, and for one byte that shows there is more
 	defer clear(buf[:])
 	n, err := io.ReadFull(f, buf[:])
 	if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
-		return nil, fmt.Errorf("reading the PIN from %s: %w", p, err)
+		return nil, fmt.Errorf("reading the PIN from %s: %w", s, err)
 	}
 	pin := bytes.TrimSuffix(bytes.TrimSuffix(buf[:n], []byte("\n")), []byte("\r"))
 	switch {
 	case len(pin) == 0:
-		return nil, fmt.Errorf("reading the PIN from %s: it is empty (a pipe can be read only once)", p)
+		return nil, fmt.Errorf("reading the PIN from %s: it is empty (a pipe can be read only once)", s)
 	case len(pin) > maxPIN || bytes.ContainsAny(pin, "\x00\r\n"):
-		return nil, fmt.Errorf("reading the PIN from %s: must be one line of at most %d bytes", p, maxPIN)
+		return nil, fmt.Errorf("reading the PIN from %s: must be one line of at most %d bytes", s, maxPIN)
 	}
 	return secret.Copy(pin), nil
 }
 
-func (p pinSource) open() (*os.File, error) {
-	switch p.kind {
+func (s Source) open() (*os.File, error) {
+	switch s.kind {
 	case "fd":
-		return openFD(p.arg)
+		return openFD(s.arg)
 	case "cred":
 		dir := os.Getenv("CREDENTIALS_DIRECTORY") // systemd.exec(5); the folder's name is no secret
 		if !filepath.IsAbs(dir) {
@@ -79,9 +101,9 @@ func (p pinSource) open() (*os.File, error) {
 		}
 		// systemd gives a service under User= its credential by an ACL, which
 		// shows as group-readable.
-		return openOwn(filepath.Join(dir, p.arg), 0o027)
+		return openOwn(filepath.Join(dir, s.arg), 0o027)
 	}
-	return openOwn(p.arg, 0o077)
+	return openOwn(s.arg, 0o077)
 }
 
 // openFD duplicates the descriptor, so that closing what it returns leaves the
@@ -121,7 +143,7 @@ func openOwn(path string, forbidden fs.FileMode) (*os.File, error) {
 		err = errors.New("not a regular file")
 	}
 	if err == nil {
-		err = trusted(info, forbidden)
+		err = disk.Trusted(info, forbidden)
 	}
 	if err != nil {
 		f.Close()

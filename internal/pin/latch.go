@@ -1,4 +1,4 @@
-package hsm
+package pin
 
 import (
 	"crypto/pbkdf2"
@@ -13,55 +13,52 @@ import (
 	"path/filepath"
 	"strings"
 
+	"conseal/internal/disk"
 	"conseal/internal/secret"
 )
 
-// latch remembers in a file which PINs were sent to the token and not
-// accepted, so that none is ever sent twice, also not by a new process: a unit
-// with Restart=always would otherwise lock the token.
+// ErrRefused says that the device refused the PIN, now or earlier. The same PIN is
+// not sent again.
+var ErrRefused = errors.New("the device refused the PIN")
+
+// Latch remembers in a file which PINs were sent to the device and not accepted, so
+// that none is ever sent twice, also not by a new process: a unit with Restart=always
+// would otherwise lock the device. Each device needs a latch of its own.
 //
 // A PIN is entered, durably, before it is sent, and the file is removed when
-// the token has accepted it. So a crash in between counts as a refusal. The
+// the device has accepted it. So a crash in between counts as a refusal. The
 // file holds hashes: a short PIN can be found from its hash by trial, which is
 // why the file is 0600 in a folder of 0700 like the PIN's own.
-type latch struct{ dir string }
+type Latch struct {
+	Dir  string // an existing folder (0700), for this host and process alone
+	Name string // the file's name in Dir
+}
 
 const (
-	latchName  = "hsm-pin.latch"
 	latchTitle = "conseal pin latch v1"
-	// latchMax is more PINs than any token takes before it locks.
+	// latchMax is more PINs than any device takes before it locks.
 	latchMax = 8
 	// latchWork makes one guess at a PIN cost some 20 ms.
 	latchWork = 100_000
 )
 
-// refused is the content of the latch's file.
+// refused is the content of a latch's file.
 type refused struct {
 	salt []byte   // 16 bytes
 	pins [][]byte // PBKDF2-HMAC-SHA256, 32 bytes each
 }
 
-// ClearLatch forgets which PINs the token refused. An operator calls for it
-// when the PIN is right and the token, not the PIN, was at fault.
-func ClearLatch(stateDir string) error {
-	if err := os.Remove(filepath.Join(stateDir, latchName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("hsm: clearing the PIN latch: %w", err)
-	}
-	if err := syncPath(stateDir); err != nil {
-		return fmt.Errorf("hsm: clearing the PIN latch: %w", err)
-	}
-	return nil
-}
+func (l Latch) path() string { return filepath.Join(l.Dir, l.Name) }
 
-// arm enters a PIN before it is sent, or refuses if it was sent before.
-func (l latch) arm(pin *secret.Bytes) error {
+// Arm enters a PIN before it is sent. It fails with [ErrRefused] if the PIN was sent
+// before, or too many were; after any error the PIN must not be sent.
+func (l Latch) Arm(pin *secret.Bytes) error {
 	r, err := l.load()
 	if err != nil {
 		return fmt.Errorf("PIN latch: %w", err)
 	}
-	path := filepath.Join(l.dir, latchName)
 	if len(r.pins) >= latchMax {
-		return fmt.Errorf("%w: %d PINs were refused: set the right one, then delete %s", ErrPINRefused, len(r.pins), path)
+		return fmt.Errorf("%w: %d PINs were refused: set the right one, then delete %s", ErrRefused, len(r.pins), l.path())
 	}
 	hash, err := r.hash(pin)
 	if err != nil {
@@ -69,31 +66,47 @@ func (l latch) arm(pin *secret.Bytes) error {
 	}
 	for _, old := range r.pins {
 		if subtle.ConstantTimeCompare(old, hash) == 1 {
-			return fmt.Errorf("%w: this PIN was sent before and is not sent again: put the right one into the PIN source; if this is the right one, delete %s", ErrPINRefused, path)
+			return fmt.Errorf("%w: this PIN was sent before and is not sent again: put the right one into the PIN source; if this is the right one, delete %s", ErrRefused, l.path())
 		}
 	}
 	r.pins = append(r.pins, hash)
-	if err := writeDurable(l.dir, latchName, r.encode()); err != nil {
+	if err := disk.WriteFile(l.path(), r.encode()); err != nil {
 		return fmt.Errorf("PIN latch: %w: the PIN was not sent", err)
 	}
 	return nil
 }
 
-// disarm takes back the last arm: the token never judged the PIN.
-func (l latch) disarm() error {
+// Accepted forgets all refusals: the device took the PIN, and counts anew.
+func (l Latch) Accepted() error { return l.Clear() }
+
+// Disarm takes back the last Arm: the device never judged the PIN.
+func (l Latch) Disarm() error {
 	r, err := l.load()
 	if err != nil {
 		return fmt.Errorf("PIN latch: %w", err)
 	}
 	if len(r.pins) <= 1 {
-		return ClearLatch(l.dir)
+		return l.Clear()
 	}
 	r.pins = r.pins[:len(r.pins)-1]
-	return writeDurable(l.dir, latchName, r.encode())
+	return disk.WriteFile(l.path(), r.encode())
 }
 
-func (l latch) load() (refused, error) {
-	b, err := readSmall(filepath.Join(l.dir, latchName), 4096)
+// Clear forgets which PINs the device refused. An operator calls for it when the PIN
+// is right and the device, not the PIN, was at fault.
+func (l Latch) Clear() error {
+	err := os.Remove(l.path())
+	if err == nil || errors.Is(err, fs.ErrNotExist) {
+		err = disk.Sync(l.Dir)
+	}
+	if err != nil {
+		return fmt.Errorf("clearing the PIN latch: %w", err)
+	}
+	return nil
+}
+
+func (l Latch) load() (refused, error) {
+	b, err := disk.ReadSmall(l.path(), 4096)
 	if errors.Is(err, fs.ErrNotExist) {
 		r := refused{salt: make([]byte, 16)}
 		rand.Read(r.salt)
@@ -104,7 +117,7 @@ func (l latch) load() (refused, error) {
 	}
 	r, err := decodeRefused(string(b))
 	if err != nil {
-		return refused{}, fmt.Errorf("%w: check the PIN, then delete %s", err, filepath.Join(l.dir, latchName))
+		return refused{}, fmt.Errorf("%w: check the PIN, then delete %s", err, l.path())
 	}
 	return r, nil
 }

@@ -1,4 +1,4 @@
-package hsm_test
+package pin_test
 
 import (
 	"bytes"
@@ -10,7 +10,7 @@ import (
 	"syscall"
 	"testing"
 
-	"conseal/hsm"
+	"conseal/internal/pin"
 	"conseal/internal/secret"
 )
 
@@ -26,23 +26,31 @@ func writeFile(t *testing.T, name, content string, mode os.FileMode) string {
 	return path
 }
 
+func readPIN(source string) (*secret.Bytes, error) {
+	s, err := pin.ParseSource(source)
+	if err != nil {
+		return nil, err
+	}
+	return s.Read()
+}
+
 func wantPIN(t *testing.T, source, want string) {
 	t.Helper()
-	pin, err := hsm.ReadPIN(source)
+	got, err := readPIN(source)
 	if err != nil {
 		t.Errorf("%s: %v", source, err)
 		return
 	}
-	defer pin.Wipe()
-	if !pin.Equal(secret.Copy([]byte(want))) {
+	defer got.Wipe()
+	if !got.Equal(secret.Copy([]byte(want))) {
 		t.Errorf("%s: got another PIN than %q", source, want)
 	}
 }
 
 func wantNoPIN(t *testing.T, source, reason string) {
 	t.Helper()
-	pin, err := hsm.ReadPIN(source)
-	pin.Wipe()
+	got, err := readPIN(source)
+	got.Wipe()
 	if err == nil || !strings.Contains(err.Error(), reason) {
 		t.Errorf("%s: got %v, want an error with %q", source, err, reason)
 	}
@@ -75,15 +83,6 @@ func TestPINFileIsNoLinkOrFIFO(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantNoPIN(t, path+".fifo", "not a regular file")
-}
-
-func TestOwner(t *testing.T) {
-	if err := errors.Join(hsm.TrustedOwner(0, 1000), hsm.TrustedOwner(1000, 1000), hsm.TrustedOwner(0, 0)); err != nil {
-		t.Error(err)
-	}
-	if hsm.TrustedOwner(1001, 1000) == nil || hsm.TrustedOwner(1000, 0) == nil {
-		t.Error("a file of another user is trusted")
-	}
 }
 
 func TestPINDescriptor(t *testing.T) {
@@ -128,15 +127,29 @@ func TestPINSourceForm(t *testing.T) {
 	}
 }
 
+// latchIn is a latch as a device has it.
+func latchIn(dir string) pin.Latch { return pin.Latch{Dir: dir, Name: "test-pin.latch"} }
+
+// sendPIN does with the latch what a login does, and calls send if the PIN may be sent.
+func sendPIN(dir, value string, send func() bool) error {
+	l := latchIn(dir)
+	if err := l.Arm(secret.Copy([]byte(value))); err != nil {
+		return err
+	}
+	if send() {
+		return l.Accepted()
+	}
+	return nil
+}
+
 func TestLatchSendsAPINOnce(t *testing.T) {
 	dir := t.TempDir()
-	a, b := secret.Copy([]byte("1111")), secret.Copy([]byte("2222"))
 	sent := 0
 	refuse := func() bool { sent++; return false }
 	for range 3 {
-		for _, pin := range []*secret.Bytes{a, b} {
-			err := hsm.SendPIN(dir, pin, refuse)
-			if err != nil && !errors.Is(err, hsm.ErrPINRefused) {
+		for _, value := range []string{"1111", "2222"} {
+			err := sendPIN(dir, value, refuse)
+			if err != nil && !errors.Is(err, pin.ErrRefused) {
 				t.Fatal(err)
 			}
 		}
@@ -144,24 +157,23 @@ func TestLatchSendsAPINOnce(t *testing.T) {
 	if sent != 2 {
 		t.Errorf("two wrong PINs were sent %d times", sent)
 	}
-	if err := hsm.SendPIN(dir, secret.Copy([]byte("3333")), func() bool { return true }); err != nil {
+	if err := sendPIN(dir, "3333", func() bool { return true }); err != nil {
 		t.Errorf("the right PIN: %v", err)
 	}
-	if _, err := os.Stat(filepath.Join(dir, "hsm-pin.latch")); !errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Stat(filepath.Join(dir, "test-pin.latch")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the latch is there after success: %v", err)
 	}
 }
 
 func TestLatchIsOnDiskBeforeThePINIsSent(t *testing.T) {
 	dir := t.TempDir()
-	pin := secret.Copy([]byte("1234"))
-	err := hsm.SendPIN(dir, pin, func() bool {
-		b, err := os.ReadFile(filepath.Join(dir, "hsm-pin.latch"))
+	err := sendPIN(dir, "1234", func() bool {
+		b, err := os.ReadFile(filepath.Join(dir, "test-pin.latch"))
 		if err != nil || bytes.Contains(b, []byte("1234")) {
 			t.Errorf("latch while the PIN is sent: %q, %v", b, err)
 		}
-		err = hsm.SendPIN(dir, pin, func() bool { t.Error("sent again by another process"); return false })
-		if !errors.Is(err, hsm.ErrPINRefused) {
+		err = sendPIN(dir, "1234", func() bool { t.Error("sent again by another process"); return false })
+		if !errors.Is(err, pin.ErrRefused) {
 			t.Errorf("another process: %v", err)
 		}
 		return true
@@ -175,20 +187,20 @@ func TestLatchThatCannotBeReadOrWritten(t *testing.T) {
 	never := func() bool { t.Error("sent"); return true }
 	for _, content := range []string{"", "x", "conseal pin latch v1\n", "conseal pin latch v2\nsalt " + strings.Repeat("0", 32) + "\npin " + strings.Repeat("0", 64) + "\n"} {
 		dir := t.TempDir()
-		if err := os.WriteFile(filepath.Join(dir, "hsm-pin.latch"), []byte(content), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, "test-pin.latch"), []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if err := hsm.SendPIN(dir, secret.Copy([]byte("1")), never); err == nil {
+		if err := sendPIN(dir, "1", never); err == nil {
 			t.Errorf("latch %q: sent", content)
 		}
-		if err := hsm.ClearLatch(dir); err != nil {
+		if err := latchIn(dir).Clear(); err != nil {
 			t.Fatal(err)
 		}
-		if err := hsm.SendPIN(dir, secret.Copy([]byte("1")), func() bool { return true }); err != nil {
-			t.Errorf("after ClearLatch: %v", err)
+		if err := sendPIN(dir, "1", func() bool { return true }); err != nil {
+			t.Errorf("after Clear: %v", err)
 		}
 	}
-	if err := hsm.SendPIN(filepath.Join(t.TempDir(), "none"), secret.Copy([]byte("1")), never); err == nil {
+	if err := sendPIN(filepath.Join(t.TempDir(), "none"), "1", never); err == nil {
 		t.Error("sent without a latch")
 	}
 }
@@ -197,9 +209,40 @@ func TestLatchStopsGuessing(t *testing.T) {
 	dir := t.TempDir()
 	sent := 0
 	for i := range 20 {
-		_ = hsm.SendPIN(dir, secret.Copy(fmt.Append(nil, i)), func() bool { sent++; return false })
+		_ = sendPIN(dir, fmt.Sprint(i), func() bool { sent++; return false })
 	}
 	if sent != 8 {
 		t.Errorf("%d different PINs were sent, want 8", sent)
+	}
+}
+
+func TestDisarmTakesBackOnlyTheLast(t *testing.T) {
+	dir := t.TempDir()
+	refuse := func() bool { return false }
+	if err := sendPIN(dir, "1111", refuse); err != nil {
+		t.Fatal(err)
+	}
+	for range 10 { // more than a latch holds
+		if err := latchIn(dir).Arm(secret.Copy([]byte("2222"))); err != nil {
+			t.Fatalf("a PIN that was never judged: %v", err)
+		}
+		if err := latchIn(dir).Disarm(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := sendPIN(dir, "1111", refuse); !errors.Is(err, pin.ErrRefused) {
+		t.Errorf("the refused PIN: %v", err)
+	}
+}
+
+func TestLatchesOfOneFolderAreApart(t *testing.T) {
+	dir := t.TempDir()
+	a, b := pin.Latch{Dir: dir, Name: "a"}, pin.Latch{Dir: dir, Name: "b"}
+	value := secret.Copy([]byte("1234"))
+	if err := errors.Join(a.Arm(value), b.Arm(value), b.Accepted()); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Arm(value); !errors.Is(err, pin.ErrRefused) {
+		t.Errorf("what a's device refused, after b's accepted it: %v", err)
 	}
 }

@@ -1,0 +1,3 @@
+package disk
+
+var TrustedOwner = trustedOwner
