@@ -38,7 +38,7 @@ var allowed = map[string][]string{
 	"agent/api/apipb/apipbconnect": {"agent/api/apipb"},
 	"agent/peer/peerpb":            {},
 	"agent/peer":                   {"agent/peer/...", "protocol", "config"},
-	"agent/vault":                  {"internal/secret", "internal/failpoint"},
+	"agent/vault":                  {"internal/disk", "internal/secret", "internal/failpoint"},
 	"agent/vault/vaulttest":        {"agent/vault", "internal/secret"},
 	"agent/epoch":                  {"agent/vault", "protocol"},
 	"agent":                        {"internal/...", "protocol/...", "config", "agent/..."},

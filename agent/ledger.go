@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"conseal/internal/disk"
 )
 
 // entry is one line of the audit log. Every field but Sequence, Time and Prev is
@@ -81,23 +83,14 @@ func openLedger(dir string) (*ledger, error) {
 		f.Close()
 		return nil, err
 	}
-	if err := l.syncFolder(dir); err != nil {
+	if err := disk.Sync(dir); err != nil {
 		f.Close()
-		return nil, err
+		return nil, fmt.Errorf("syncing the audit log's folder: %w", err)
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	l.stop = stop
 	go l.write(ctx)
 	return l, nil
-}
-
-func (l *ledger) syncFolder(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return fmt.Errorf("opening the audit log's folder: %w", err)
-	}
-	defer d.Close()
-	return d.Sync()
 }
 
 // verify reads the whole log and leaves the writer's state at its end.

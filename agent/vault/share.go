@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"conseal/internal/disk"
 	"conseal/internal/failpoint"
 	"conseal/internal/secret"
 )
@@ -228,15 +229,7 @@ func writeFile(path string, b []byte, point string) error {
 		return err
 	}
 	failpoint.Hit(point + "/renamed")
-	return syncFolder(filepath.Dir(path))
-}
-
-func syncFolder(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return disk.Sync(filepath.Dir(path))
 }
 
 func readFile(path string, limit int) ([]byte, error) {

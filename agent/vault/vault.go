@@ -29,6 +29,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"conseal/internal/disk"
 	"conseal/internal/failpoint"
 	"conseal/internal/secret"
 )
@@ -211,7 +212,7 @@ func Create(ctx context.Context, dir, host string, p Protector) error {
 			return fmt.Errorf("making the vault: %w", err)
 		}
 	}
-	if err := errors.Join(syncFolder(dir), syncFolder(filepath.Dir(dir))); err != nil {
+	if err := errors.Join(disk.Sync(dir), disk.Sync(filepath.Dir(dir))); err != nil {
 		return fmt.Errorf("making the vault: %w", err)
 	}
 	v, err := newVault(dir, host, p)
