@@ -117,7 +117,11 @@ func provision(ctx context.Context, c *config.Host) ([]string, error) {
 		return nil, err
 	}
 	kept.SRKName, kept.PCRWanted, kept.Identity = p.SRKName, p.PCRWanted, string(p.Identity)
-	return p.Steps, kept.write(c)
+	if err := kept.write(c); err != nil {
+		return nil, err
+	}
+	step, err := tpm.Lockout(ctx, tpmConfig(c, kept, seal))
+	return append(p.Steps, step), err
 }
 
 // withdraw undoes what initialise did, on a host with a TPM.
