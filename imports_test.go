@@ -22,7 +22,7 @@ var allowed = map[string][]string{
 	"internal/failpoint":           {},
 	"internal/disk":                {},
 	"internal/pin":                 {"internal/disk", "internal/secret"},
-	"tpm":                          {"internal/secret", "tpm/attest", "tpm/policy"},
+	"tpm":                          {"internal/pin", "internal/secret", "tpm/attest", "tpm/policy"},
 	"tpm/attest":                   {"tpm/policy"},
 	"tpm/policy":                   {},
 	"hsm":                          {"internal/disk", "internal/pin", "internal/secret"},

@@ -43,7 +43,7 @@ func (h *Host) check(r *report) {
 	r.absolute("roster", h.Roster)
 	h.Listen.check(r)
 	r.oneOf("protector.kind", h.Protector.Kind, "tpm", "hsm")
-	h.Protector.TPM.check(r)
+	h.Protector.TPM.check(r, h.Protector.Kind == "tpm")
 	h.Protector.HSM.check(r, h.Protector.Kind == "hsm")
 	h.Limits.check(r)
 	r.oneOf("log.level", h.Log.Level, "debug", "info", "warn", "error")
@@ -67,7 +67,8 @@ func (l *Listen) check(r *report) {
 	}
 }
 
-func (t *TPM) check(r *report) {
+// check looks for the PIN only if the TPM is used.
+func (t *TPM) check(r *report, used bool) {
 	r.device("protector.tpm.device", t.Device)
 	r.pcrs("protector.tpm.pcrs", t.PCRs)
 	r.handle("protector.tpm.nv_root", t.NVRoot, 0x01800000, 0x01bfffff)
@@ -77,6 +78,9 @@ func (t *TPM) check(r *report) {
 	r.handle("protector.tpm.nv_counter", t.NVCounter, 0x01800000, 0x01bfffff)
 	if t.NVCounter == t.NVRoot {
 		r.add("protector.tpm.nv_counter", "is nv_root too: they need an index each")
+	}
+	if t.PIN != "" {
+		r.pinSource("protector.tpm.pin", t.PIN, used)
 	}
 	r.handle("protector.tpm.srk_handle", t.SRKHandle, 0x81000000, 0x817fffff)
 	r.lasts("protector.tpm.timeout", t.Timeout, time.Second, 10*time.Minute)

@@ -89,6 +89,12 @@ type TPM struct {
 	// NVCounter is the NV index of the counter that revokes seal policies, as NVRoot.
 	// Default: 0x01800601.
 	NVCounter uint32 `toml:"nv_counter"`
+	// PIN says where the host's PIN is, of 6 to 32 bytes, and never what it is, in the
+	// forms of an HSM's. The host's shares then open with it only, or by a signed seal
+	// policy that does not want it. A wrong one is sent once, and counts as a dictionary
+	// attack on the TPM. It cannot be changed once the host was initialised.
+	// Default: none.
+	PIN string `toml:"pin" hidden:"true"`
 	// SRKHandle is the persistent handle of the storage root key, 0x81000000 to
 	// 0x817fffff. A key of another kind that is there already is never evicted:
 	// choose another handle. Default: 0x81000001.

@@ -74,7 +74,7 @@ func TestLoadEveryKey(t *testing.T) {
 		Listen: config.Listen{Address: "[::1]:1", SignSocket: "/s", SignSocketGroup: "root", AdminSocket: "/a"},
 		Protector: config.Protector{
 			Kind: "hsm",
-			TPM:  config.TPM{Device: "tcp:localhost:2321", PCRs: []int{7}, NVRoot: 0x01800601, PolicyKey: "/etc/policy.pem", NVCounter: 0x01800602, SRKHandle: 0x81000002, Timeout: time.Second},
+			TPM:  config.TPM{Device: "tcp:localhost:2321", PCRs: []int{7}, NVRoot: 0x01800601, PolicyKey: "/etc/policy.pem", NVCounter: 0x01800602, PIN: "cred:tpm", SRKHandle: 0x81000002, Timeout: time.Second},
 			HSM:  config.HSM{URI: "pkcs11:token=a%20b?module-path=/m", PIN: "file:" + pin, Modules: []string{"/l", "/m"}, MaxSessions: 2},
 		},
 		Limits: config.Limits{Message: 1, SignDeadline: time.Second, KeygenDeadline: time.Hour, SessionsPerPeer: 2, PeerRate: 3, CallerRate: 4, Presignatures: 5},
@@ -99,6 +99,7 @@ pcrs = [7]
 nv_root = 0x01800601
 policy_key = "/etc/policy.pem"
 nv_counter = 0x01800602
+pin = "cred:tpm"
 srk_handle = 0x81000002
 timeout = "1s"
 [protector.hsm]
@@ -126,7 +127,7 @@ func TestEnvironment(t *testing.T) {
 		"CONSEAL_NAME": "beta", "CONSEAL_STATE": "/s", "CONSEAL_ROSTER": "/r", "CONSEAL_INSECURE_LAB": "true",
 		"CONSEAL_LISTEN_ADDRESS": ":7", "CONSEAL_LISTEN_SIGN_SOCKET": "/sign", "CONSEAL_LISTEN_ADMIN_SOCKET": "/admin",
 		"CONSEAL_LISTEN_SIGN_SOCKET_GROUP": "", "CONSEAL_PROTECTOR_KIND": "hsm", "CONSEAL_PROTECTOR_TPM_DEVICE": "unix:/t",
-		"CONSEAL_PROTECTOR_TPM_PCRS": "0, 7", "CONSEAL_PROTECTOR_TPM_NV_ROOT": "0x01800700", "CONSEAL_PROTECTOR_TPM_POLICY_KEY": "/k", "CONSEAL_PROTECTOR_TPM_NV_COUNTER": "0x01800701",
+		"CONSEAL_PROTECTOR_TPM_PCRS": "0, 7", "CONSEAL_PROTECTOR_TPM_NV_ROOT": "0x01800700", "CONSEAL_PROTECTOR_TPM_POLICY_KEY": "/k", "CONSEAL_PROTECTOR_TPM_NV_COUNTER": "0x01800701", "CONSEAL_PROTECTOR_TPM_PIN": "fd:7",
 		"CONSEAL_PROTECTOR_TPM_SRK_HANDLE": "0x81000005", "CONSEAL_PROTECTOR_TPM_TIMEOUT": "2s",
 		"CONSEAL_PROTECTOR_HSM_URI": "pkcs11:serial=1?module-path=/x&pin-source=file:" + pin, "CONSEAL_PROTECTOR_HSM_PIN": "",
 		"CONSEAL_PROTECTOR_HSM_MODULES": "/x", "CONSEAL_PROTECTOR_HSM_MAX_SESSIONS": "3",
@@ -147,7 +148,7 @@ func TestEnvironment(t *testing.T) {
 		Listen: config.Listen{Address: ":7", SignSocket: "/sign", AdminSocket: "/admin"},
 		Protector: config.Protector{
 			Kind: "hsm",
-			TPM:  config.TPM{Device: "unix:/t", PCRs: []int{0, 7}, NVRoot: 0x01800700, PolicyKey: "/k", NVCounter: 0x01800701, SRKHandle: 0x81000005, Timeout: 2 * time.Second},
+			TPM:  config.TPM{Device: "unix:/t", PCRs: []int{0, 7}, NVRoot: 0x01800700, PolicyKey: "/k", NVCounter: 0x01800701, PIN: "fd:7", SRKHandle: 0x81000005, Timeout: 2 * time.Second},
 			HSM:  config.HSM{URI: "pkcs11:serial=1?module-path=/x&pin-source=file:" + pin, Modules: []string{"/x"}, MaxSessions: 3},
 		},
 		Limits: config.Limits{Message: 10, SignDeadline: 3 * time.Second, KeygenDeadline: 4 * time.Second, SessionsPerPeer: 5, PeerRate: 6, CallerRate: 7, Presignatures: 4},
@@ -331,7 +332,7 @@ func TestModes(t *testing.T) {
 		{"PIN that others can read", func(t *testing.T) (string, string) {
 			pin := file(t, "1234", 0o640)
 			return file(t, full(pin), 0o644), pin
-		}, "FILE:18: protector.hsm.pin: other users may read or write BLAME (mode 0640): chmod 0600 BLAME"},
+		}, "FILE:19: protector.hsm.pin: other users may read or write BLAME (mode 0640): chmod 0600 BLAME"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {

@@ -53,20 +53,25 @@ func newAuthority(a *Authority) (*authority, error) {
 
 func (a *authority) authPolicy() ([]byte, error) { return a.AuthPolicy() }
 
-// satisfy takes the newest policy that is valid in the present state.
-func (a *authority) satisfy(x *tx, session tpm2.TPMHandle) error {
+// prepare takes a policy that is valid in the present state.
+func (a *authority) prepare(x *tx) (*way, error) {
 	s, err := a.survey(x)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if s.opens == nil {
-		return s.refusal()
+		return nil, s.refusal()
 	}
-	state, notRevoked, err := s.opens.Steps(&a.Host, session)
+	return &way{s.opens.PIN, func(session tpm2.TPMHandle) error { return a.follow(x, s.opens, session) }}, nil
+}
+
+// follow runs a signed policy.
+func (a *authority) follow(x *tx, p *policy.Policy, session tpm2.TPMHandle) error {
+	state, notRevoked, err := p.Steps(&a.Host, session)
 	if err != nil {
 		return err
 	}
-	approval, err := s.opens.Approval(&a.Host)
+	approval, err := p.Approval(&a.Host)
 	if err != nil {
 		return err
 	}
@@ -79,6 +84,11 @@ func (a *authority) satisfy(x *tx, session tpm2.TPMHandle) error {
 	}
 	if _, err := run(x, notRevoked); err != nil {
 		return err
+	}
+	if p.PIN {
+		if _, err := run(x, tpm2.PolicyAuthValue{PolicySession: session}); err != nil {
+			return err
+		}
 	}
 	return a.authorize(x, session, approval, ticket)
 }
@@ -138,11 +148,12 @@ type survey struct {
 type Verdict struct {
 	Policy  *policy.Policy
 	Revoked bool        // the counter is beyond its version
+	NoPIN   bool        // it wants a PIN, and the host was initialised without
 	Changed []PCRChange // PCRs that it wants otherwise
 }
 
 // Opens tells whether it allows to open.
-func (v *Verdict) Opens() bool { return !v.Revoked && len(v.Changed) == 0 }
+func (v *Verdict) Opens() bool { return !v.Revoked && !v.NoPIN && len(v.Changed) == 0 }
 
 func (a *authority) survey(x *tx) (*survey, error) {
 	installed, err := a.Installed()
@@ -166,9 +177,9 @@ func (a *authority) survey(x *tx) (*survey, error) {
 	}
 	slices.SortFunc(installed, func(p, q *policy.Policy) int { return cmp.Compare(q.Version, p.Version) })
 	for _, p := range installed {
-		v := Verdict{p, p.Version < s.counter, changes(s.state, p.State)}
+		v := Verdict{p, p.Version < s.counter, p.PIN && x.pin == nil, changes(s.state, p.State)}
 		s.verdicts = append(s.verdicts, v)
-		if s.opens == nil && v.Opens() {
+		if v.Opens() && (s.opens == nil || s.opens.PIN && !p.PIN) { // a policy without PIN spares the PIN
 			s.opens = p
 		}
 	}
@@ -377,7 +388,7 @@ func (x *tx) measure() (*policy.Measurement, error) {
 	}
 	m := &policy.Measurement{
 		Host: a.Name, Counter: a.Counter, Revoked: s.counter, Next: s.counter, Key: a.fingerprint,
-		Taken: time.Now().UTC().Truncate(time.Second), Selected: x.cfg.PCRs,
+		Taken: time.Now().UTC().Truncate(time.Second), Selected: x.cfg.PCRs, PIN: x.pin != nil,
 	}
 	for _, v := range s.verdicts {
 		m.Next = max(m.Next, v.Policy.Version+1)

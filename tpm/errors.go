@@ -179,8 +179,11 @@ func (e *PolicyError) Error() string {
 		why := fmt.Sprintf("seal policy %d (%s)", v.Policy.Version, v.Policy.Comment)
 		if v.Revoked {
 			why += fmt.Sprintf(" is revoked, as all below %d", e.Counter)
-		} else {
+		} else if len(v.Changed) > 0 {
 			why += " wants another state"
+		}
+		if v.NoPIN {
+			why += " wants a PIN, and this host was initialised without one"
 		}
 		for _, c := range v.Changed {
 			why += fmt.Sprintf(", PCR %d (%s) is %.4x…, wanted %.4x…", c.PCR, policy.PCRWords(c.PCR), c.Found, c.Wanted)

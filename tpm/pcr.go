@@ -50,43 +50,61 @@ func parseWanted(wanted map[int][]byte, indices []int) (policy.State, error) {
 type rule interface {
 	// authPolicy is its digest.
 	authPolicy() ([]byte, error)
-	// satisfy runs it in a policy session.
-	satisfy(x *tx, session tpm2.TPMHandle) error
+	// prepare finds a way to satisfy it in the present state.
+	prepare(x *tx) (*way, error)
 	// explain says why it was refused with err.
 	explain(x *tx, err error) error
 }
 
-// fixed is the rule of what opens in one measured state only.
-type fixed policy.State
+// way is a way to satisfy a rule.
+type way struct {
+	pin   bool                               // the session needs the host's PIN
+	steps func(session tpm2.TPMHandle) error // runs the policy in a session
+}
 
-func (f fixed) state() policy.State { return policy.State(f) }
+// fixed is the rule of what opens in one measured state only, and with the host's PIN
+// if it has one.
+type fixed struct {
+	state policy.State
+	pin   bool
+}
 
 func (f fixed) authPolicy() ([]byte, error) {
-	if len(f) == 0 {
+	if len(f.state) == 0 {
 		return nil, errors.New("tpm: a policy without PCRs")
 	}
 	calc, err := tpm2.NewPolicyCalculator(tpm2.TPMAlgSHA256)
 	if err != nil {
 		return nil, err
 	}
-	if err := f.state().Command(0).Update(calc); err != nil {
+	if err := f.state.Command(0).Update(calc); err != nil {
 		return nil, err
+	}
+	if f.pin {
+		if err := (tpm2.PolicyAuthValue{}).Update(calc); err != nil {
+			return nil, err
+		}
 	}
 	return calc.Hash().Digest, nil
 }
 
-func (f fixed) satisfy(x *tx, session tpm2.TPMHandle) error {
-	_, err := run(x, f.state().Command(session))
-	return err
+func (f fixed) prepare(x *tx) (*way, error) {
+	return &way{f.pin, func(session tpm2.TPMHandle) error {
+		_, err := run(x, f.state.Command(session))
+		if err == nil && f.pin {
+			_, err = run(x, tpm2.PolicyAuthValue{PolicySession: session})
+		}
+		return err
+	}}, nil
 }
 
 // explain finds out which PCRs it was.
 func (f fixed) explain(x *tx, err error) error {
-	found, readErr := x.readPCRs(f.state().Indices())
+	found, readErr := x.readPCRs(f.state.Indices())
 	if readErr != nil {
 		return errors.Join(err, readErr)
 	}
-	if changed := changes(found, f.state()); changed != nil {
+	if changed := changes(found, f.state); changed != nil {
 		return &PCRError{changed}
 	}
 	return err // changed and changed back, or another policy
@@ -168,18 +186,33 @@ func (x *tx) readPCRs(indices []int) (policy.State, error) {
 // under lends fn a policy session that satisfies a rule. If the TPM refuses that, the
 // error says why.
 func (x *tx) under(r rule, fn func(session tpm2.Session) error) error {
-	s, _, err := tpm2.PolicySession(x, tpm2.TPMAlgSHA256, 16) // no secret passes on it: see srk.salted
+	w, err := r.prepare(x)
 	if err != nil {
-		return x.explain("TPM2_StartAuthSession", err)
+		return err
 	}
-	err = r.satisfy(x, s.Handle())
-	if err == nil {
-		err = fn(s)
+	if w.pin {
+		// Salted, or what the PIN is could be tried out on what passes over the bus.
+		err = x.pinned(func(pin []byte) error { return x.inPolicySession(w, fn, x.srk.salt(), tpm2.Auth(pin)) })
+	} else {
+		err = x.inPolicySession(w, fn)
 	}
-	x.flush(s.Handle())
 	var refused *CommandError
 	if errors.As(err, &refused) && (refused.Class() == ClassPolicy || refused.RC == tpm2.TPMRCPCRChanged) {
 		return r.explain(x, err)
 	}
 	return err
+}
+
+// inPolicySession lends fn a session in which the steps were run. It encrypts nothing:
+// see srk.salted.
+func (x *tx) inPolicySession(w *way, fn func(session tpm2.Session) error, opts ...tpm2.AuthOption) error {
+	s, _, err := tpm2.PolicySession(x, tpm2.TPMAlgSHA256, 16, opts...)
+	if err != nil {
+		return x.explain("TPM2_StartAuthSession", err)
+	}
+	defer x.flush(s.Handle())
+	if err := w.steps(s.Handle()); err != nil {
+		return err
+	}
+	return fn(s)
 }

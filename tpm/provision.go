@@ -144,7 +144,7 @@ func (x *tx) provideRoot() (made bool, err error) {
 		if x.wanted, err = x.readPCRs(x.cfg.PCRs); err != nil {
 			return false, err
 		}
-		x.rule = fixed(x.wanted)
+		x.rule = fixed{x.wanted, x.pin != nil}
 	}
 	found, err := x.readIndex(x.cfg.NVRoot)
 	switch {
@@ -171,7 +171,13 @@ func (x *tx) defineRoot() error {
 	if err != nil {
 		return err
 	}
-	if _, err := run(x, tpm2.NVDefineSpace{AuthHandle: tpm2.TPMRHOwner, PublicInfo: tpm2.New2B(public)}); err != nil {
+	err = x.withPIN(func(auth []byte) error {
+		_, err := run(x, tpm2.NVDefineSpace{
+			AuthHandle: tpm2.TPMRHOwner, Auth: tpm2.TPM2BAuth{Buffer: auth}, PublicInfo: tpm2.New2B(public),
+		}, x.srk.encryptIn())
+		return err
+	})
+	if err != nil {
 		return fmt.Errorf("defining NV index %#x: %w", x.cfg.NVRoot, err)
 	}
 	_, err = x.rootName()

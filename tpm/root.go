@@ -142,7 +142,7 @@ func (x *tx) rootPublic(written bool) (tpm2.TPMSNVPublic, error) {
 			PolicyRead:  true,
 			PolicyWrite: true,
 			WriteAll:    true,
-			NoDA:        true,
+			NoDA:        x.pin == nil,
 			Written:     written,
 			NT:          tpm2.TPMNTOrdinary,
 		},
@@ -187,7 +187,7 @@ func (x *tx) rootName() (tpm2.TPM2BName, error) {
 	}
 	if !bytes.Equal(tpm2.Marshal(ours), tpm2.Marshal(*found)) {
 		return none, fail(ClassLost, "NV index %#x is not the one that was provisioned. Either the configuration changed since then (the host's name, "+
-			"its policy key, the index of its counter): put it back. Or somebody defined the index anew, the root is gone "+
+			"its policy key, the index of its counter, whether it has a PIN): put it back. Or somebody defined the index anew, the root is gone "+
 			"and the shares under it are lost: provision anew with a free index and reshare the host's keys", x.cfg.NVRoot)
 	}
 	name, err := tpm2.NVName(&ours)

@@ -47,13 +47,15 @@ func (t *TPM) Seal(ctx context.Context, id string) (*secret.Bytes, []byte, error
 				return err
 			}
 		}
-		return key.Use(func(k []byte) error {
-			s, err := x.seal(state, bytes.Join([][]byte{k, idDigest(id)}, nil))
-			if err != nil {
-				return err
-			}
-			blob = s.encode()
-			return nil
+		return x.withPIN(func(auth []byte) error {
+			return key.Use(func(k []byte) error {
+				s, err := x.seal(state, bytes.Join([][]byte{k, idDigest(id)}, nil), auth)
+				if err != nil {
+					return err
+				}
+				blob = s.encode()
+				return nil
+			})
 		})
 	})
 	if err != nil {
@@ -90,17 +92,18 @@ func idDigest(id string) []byte {
 	return d[:]
 }
 
-// seal wipes payload, which has at most 128 bytes.
-func (x *tx) seal(state policy.State, payload []byte) (*sealed, error) {
+// seal wipes payload, which has at most 128 bytes. auth is the host's PIN, or nil.
+func (x *tx) seal(state policy.State, payload, auth []byte) (*sealed, error) {
 	defer clear(payload)
-	public, err := sealedPublic(x.ruleFor(state), nil)
+	public, err := x.sealedPublic(state, nil)
 	if err != nil {
 		return nil, err
 	}
 	rsp, err := run(x, tpm2.Create{
 		ParentHandle: x.srk.auth(),
 		InSensitive: tpm2.TPM2BSensitiveCreate{Sensitive: &tpm2.TPMSSensitiveCreate{
-			Data: tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: payload}),
+			UserAuth: tpm2.TPM2BAuth{Buffer: auth},
+			Data:     tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: payload}),
 		}},
 		InPublic: tpm2.New2B(public),
 	}, x.srk.encryptBoth())
@@ -108,6 +111,7 @@ func (x *tx) seal(state policy.State, payload []byte) (*sealed, error) {
 		return nil, err
 	}
 	s := &sealed{state: state, creation: creation{ticket: rsp.CreationTicket}}
+	s.pin = auth != nil
 	s.kind, s.public, s.private = keyfile.OIDSealedKey, rsp.OutPublic.Bytes(), bytes.Clone(rsp.OutPrivate.Buffer)
 	if copy(s.creation.hash[:], rsp.CreationHash.Buffer) != len(s.creation.hash) {
 		return nil, x.distrust("TPM2_Create", fmt.Errorf("a creation hash of %d bytes", len(rsp.CreationHash.Buffer)))
@@ -124,12 +128,12 @@ func (x *tx) publicOf(s *sealed) (*tpm2.TPMTPublic, error) {
 	if (s.state == nil) != (x.authority != nil) {
 		return nil, fail(ClassCorrupt, "the blob was sealed with a policy key and this host is configured without, or the other way round")
 	}
-	public, err := sealedPublic(x.ruleFor(s.state), s.public[max(0, len(s.public)-sha256.Size):])
+	public, err := x.sealedPublic(s.state, s.public[max(0, len(s.public)-sha256.Size):])
 	if err != nil {
 		return nil, err
 	}
-	if !bytes.Equal(tpm2.Marshal(public), s.public) {
-		return nil, fail(ClassCorrupt, "the blob opens under another policy than this host has: it is another host's, or the configuration (the host's name, its policy key, the index of its counter) changed: put it back")
+	if !bytes.Equal(tpm2.Marshal(public), s.public) || s.pin != (x.pin != nil) {
+		return nil, fail(ClassCorrupt, "the blob opens under another policy than this host has: it is another host's, or the configuration (the host's name, its policy key, the index of its counter, whether it has a PIN) changed: put it back")
 	}
 	return &public, nil
 }
@@ -177,13 +181,14 @@ func (x *tx) ruleFor(state policy.State) rule {
 	if state == nil {
 		return x.authority
 	}
-	return fixed(state)
+	return fixed{state, x.pin != nil}
 }
 
-// sealedPublic is the public part of a sealed data object that opens under a rule only.
-func sealedPublic(r rule, unique []byte) (tpm2.TPMTPublic, error) {
-	digest, err := r.authPolicy()
-	return policy.SealedPublic(digest, unique), err
+// sealedPublic is the public part of an object that opens in a state, or by signed
+// policies, only.
+func (x *tx) sealedPublic(state policy.State, unique []byte) (tpm2.TPMTPublic, error) {
+	digest, err := x.ruleFor(state).authPolicy()
+	return policy.SealedPublic(digest, unique, x.pin != nil), err
 }
 
 // The second block of a blob: number of PCRs (1 byte; 0 if signed policies say), for each

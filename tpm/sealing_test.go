@@ -50,12 +50,12 @@ func TestSealing(t *testing.T) {
 		return s
 	}
 	good := certify(h, blob, nonce)
-	if err := good.Verify(ak, nonce, want); err != nil {
+	if err := good.Verify(ak, nonce, want, false); err != nil {
 		t.Fatal(err)
 	}
 	h.reboot(t)
 	again := open(t, h.cfg)
-	if s, err := again.CertifySealed(t.Context(), blob, nonce); err != nil || s.Verify(ak, nonce, want) != nil {
+	if s, err := again.CertifySealed(t.Context(), blob, nonce); err != nil || s.Verify(ak, nonce, want, false) != nil {
 		t.Errorf("after a reboot: %v", err)
 	}
 	h.TPM = again
@@ -105,7 +105,7 @@ func TestSealing(t *testing.T) {
 			if lie.nobody {
 				key = nil
 			}
-			if err := lie.s.Verify(key, n, p); err == nil || !strings.Contains(err.Error(), lie.want) {
+			if err := lie.s.Verify(key, n, p, false); err == nil || !strings.Contains(err.Error(), lie.want) {
 				t.Errorf("got %v, want %q", err, lie.want)
 			}
 		})

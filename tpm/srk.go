@@ -34,8 +34,10 @@ func (s *srk) auth() tpm2.AuthHandle {
 // say what it does. It is always a session of its own, next to the one that
 // authorizes: on a policy session go-tpm may decrypt wrongly without an error.
 func (s *srk) salted(opts ...tpm2.AuthOption) tpm2.Session {
-	return tpm2.HMAC(tpm2.TPMAlgSHA256, 16, append(opts, tpm2.Salted(s.handle, s.public))...)
+	return tpm2.HMAC(tpm2.TPMAlgSHA256, 16, append(opts, s.salt())...)
 }
+
+func (s *srk) salt() tpm2.AuthOption { return tpm2.Salted(s.handle, s.public) }
 
 // Salted sessions: one that only proves who answers, and those that also encrypt
 // the first parameter of the command, of its answer, or of both.

@@ -63,6 +63,13 @@ type Config struct {
 	// what is sealed; else that is the state in which it was provisioned.
 	Authority *Authority
 
+	// PINSource, if set, says where the host's PIN is, 6 to 32 bytes: "file:/path", "fd:N" or
+	// "cred:NAME". The root and what is sealed then open with it only, or by a signed
+	// policy that does not want it. It cannot be changed once the host was provisioned.
+	PINSource string
+	// StateDir is a folder (0700) in which refused PINs are remembered; wanted with a PIN.
+	StateDir string
+
 	// SRKName, PCRWanted and Identity are what [Provision] returned. Open needs
 	// the first two, the second without an Authority. Provision makes what is nil, and holds the TPM to the rest.
 	SRKName   []byte
@@ -81,7 +88,8 @@ type TPM struct {
 	wanted policy.State // of the NV root without an authority
 
 	authority *authority
-	rule      rule // of the NV root; nil if it is not known yet
+	pin       *hostPIN // nil: the host has none; used by who has the turn
+	rule      rule     // of the NV root; nil if it is not known yet
 
 	turn   chan struct{} // one slot; who filled it owns what follows
 	conn   *conn         // nil: dialled by the next transaction
@@ -143,6 +151,9 @@ func newTPM(cfg Config) (*TPM, error) {
 		return nil, fmt.Errorf("tpm: %#x is not a persistent handle of the owner: those are 0x81000000 to 0x817fffff", cfg.SRKHandle)
 	}
 	t := &TPM{cfg: cfg, addr: addr, wanted: wanted, turn: make(chan struct{}, 1)}
+	if t.pin, err = newHostPIN(cfg.PINSource, cfg.StateDir); err != nil {
+		return nil, err
+	}
 	switch {
 	case cfg.Authority != nil:
 		if t.authority, err = newAuthority(cfg.Authority); err != nil {
@@ -150,7 +161,7 @@ func newTPM(cfg Config) (*TPM, error) {
 		}
 		t.rule = t.authority
 	case wanted != nil:
-		t.rule = fixed(wanted)
+		t.rule = fixed{wanted, t.pin != nil}
 	}
 	return t, nil
 }
@@ -173,6 +184,7 @@ func (t *TPM) Close(ctx context.Context) error {
 	}
 	defer release()
 	t.closed = true
+	t.pin.close()
 	if t.conn != nil && !t.addr.managed() {
 		_, err = run(t.newTx(ctx), tpm2.Shutdown{ShutdownType: tpm2.TPMSUClear})
 	}

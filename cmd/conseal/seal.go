@@ -92,6 +92,10 @@ func sealStatus(e *env) *cobra.Command {
 			for _, p := range r.Policies {
 				now := "yes"
 				switch {
+				case p.Opens && p.Pin:
+					now, opens = "yes, with the PIN", "this host's TPM opens now, with the PIN"
+				case p.Opens:
+					opens = "this host's TPM opens now"
 				case p.Revoked:
 					now = "no, revoked"
 				case !p.Opens:
@@ -99,9 +103,10 @@ func sealStatus(e *env) *cobra.Command {
 					for _, ch := range p.Changed {
 						registers = append(registers, fmt.Sprintf("PCR %d (%s) is %.4x…, wanted %.4x…", ch.Pcr, ch.Words, ch.Found, ch.Wanted))
 					}
+					if p.NoPin {
+						registers = append(registers, "the host has no PIN, which it wants")
+					}
 					now = "no: " + strings.Join(registers, ", ")
-				default:
-					opens = "this host's TPM opens now"
 				}
 				fmt.Fprintf(t, "%d\t%s\t%s\t%s\n", p.Version, now, p.Signed, p.Comment)
 			}
@@ -269,12 +274,14 @@ func sealSign(e *env) *cobra.Command {
 	var state stateFlags
 	var with signFlags
 	var version uint64
+	var withoutPIN bool
 	c := &cobra.Command{
 		Use:   "sign",
 		Short: "Sign a policy for a host's measured state",
 		Long: `Sign a policy for the state in --measurement, over the PCRs that the host selects,
 or for a state that it will be in (--like, --pcr). The policies that it has stay valid
-until they are revoked, so that an update can be allowed before it is made.`,
+until they are revoked, so that an update can be allowed before it is made. It wants
+the host's PIN, if the host has one, unless --without-pin is given.`,
 		Args: args(0, 0),
 		RunE: func(*cobra.Command, []string) error {
 			now, then, err := state.read()
@@ -289,6 +296,7 @@ until they are revoked, so that an update can be allowed before it is made.`,
 			if version != 0 {
 				p.Version = version
 			}
+			p.PIN = p.PIN && !withoutPIN
 			if p.Version < now.Revoked {
 				return fmt.Errorf("version %d is revoked already: all below %d are", p.Version, now.Revoked)
 			}
@@ -301,6 +309,7 @@ until they are revoked, so that an update can be allowed before it is made.`,
 	}
 	state.add(c)
 	with.add(c)
+	c.Flags().BoolVar(&withoutPIN, "without-pin", false, "let a host that has a PIN open in this state without it")
 	c.Flags().Uint64Var(&version, "version", 0, "its version, if not the next")
 	return c
 }

@@ -91,7 +91,7 @@ func tpmConfig(c *config.Host, kept *tpmRecord, seal *sealPolicies) tpm.Config {
 	t := &c.Protector.TPM
 	return tpm.Config{
 		Device: t.Device, Timeout: t.Timeout, PCRs: t.PCRs, NVRoot: t.NVRoot, SRKHandle: t.SRKHandle,
-		Authority: seal.authority(), SRKName: kept.SRKName, PCRWanted: kept.PCRWanted, Identity: []byte(kept.Identity),
+		Authority: seal.authority(), PINSource: t.PIN, StateDir: c.State, SRKName: kept.SRKName, PCRWanted: kept.PCRWanted, Identity: []byte(kept.Identity),
 	}
 }
 

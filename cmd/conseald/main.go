@@ -17,6 +17,7 @@ import (
 	"conseal/agent"
 	"conseal/config"
 	"conseal/hsm"
+	"conseal/tpm"
 )
 
 // version is set by the linker.
@@ -66,16 +67,20 @@ line that it prints into the roster, and start conseald.`,
 		},
 		initCommand(&file, out),
 		&cobra.Command{
-			Use: "clear-pin-latch", Short: "Let the HSM's PIN be tried again after it was refused", Args: cobra.NoArgs,
-			Long: `Let the HSM's PIN be tried again after it was refused.
+			Use: "clear-pin-latch", Short: "Let the PIN of the HSM or TPM be tried again after it was refused", Args: cobra.NoArgs,
+			Long: `Let the PIN of the HSM or TPM be tried again after it was refused.
 
 A PIN that was refused is never sent again by itself, not even after a restart,
-so that no loop of restarts locks the token. Correct the PIN file first: a PIN
-that changed needs this only after several failures, or a crash inside a login.`,
+so that no loop of restarts locks the token or the TPM. Correct the PIN file first:
+a PIN that changed needs this only after several failures, or, with a token, after a
+crash inside a login.`,
 			RunE: func(*cobra.Command, []string) error {
 				c, err := config.Load(file)
 				if err != nil {
 					return err
+				}
+				if c.Protector.Kind == "tpm" {
+					return tpm.ClearLatch(c.State)
 				}
 				return hsm.ClearLatch(hsmFolder(c))
 			},

@@ -120,7 +120,7 @@ func (s *sealPolicies) Policies(ctx context.Context) (*apipb.PoliciesResponse, e
 	for _, v := range verdicts {
 		p := &apipb.Policy{
 			Version: v.Policy.Version, Comment: v.Policy.Comment, Signed: v.Policy.Signed.UTC().Format(time.RFC3339),
-			Opens: v.Opens(), Revoked: v.Revoked,
+			Opens: v.Opens(), Revoked: v.Revoked, Pin: v.Policy.PIN, NoPin: v.NoPIN,
 		}
 		for _, c := range v.Changed {
 			p.Changed = append(p.Changed, &apipb.PCRChange{Pcr: uint32(c.PCR), Words: policy.PCRWords(c.PCR), Found: c.Found, Wanted: c.Wanted})

@@ -53,27 +53,41 @@ func (l Latch) path() string { return filepath.Join(l.Dir, l.Name) }
 // Arm enters a PIN before it is sent. It fails with [ErrRefused] if the PIN was sent
 // before, or too many were; after any error the PIN must not be sent.
 func (l Latch) Arm(pin *secret.Bytes) error {
-	r, err := l.load()
+	r, hash, err := l.check(pin)
 	if err != nil {
-		return fmt.Errorf("PIN latch: %w", err)
-	}
-	if len(r.pins) >= latchMax {
-		return fmt.Errorf("%w: %d PINs were refused: set the right one, then delete %s", ErrRefused, len(r.pins), l.path())
-	}
-	hash, err := r.hash(pin)
-	if err != nil {
-		return fmt.Errorf("PIN latch: %w", err)
-	}
-	for _, old := range r.pins {
-		if subtle.ConstantTimeCompare(old, hash) == 1 {
-			return fmt.Errorf("%w: this PIN was sent before and is not sent again: put the right one into the PIN source; if this is the right one, delete %s", ErrRefused, l.path())
-		}
+		return err
 	}
 	r.pins = append(r.pins, hash)
 	if err := disk.WriteFile(l.path(), r.encode()); err != nil {
 		return fmt.Errorf("PIN latch: %w: the PIN was not sent", err)
 	}
 	return nil
+}
+
+// Check fails as Arm would and enters nothing: for a device whose own count of failed
+// tries is looked at before each, and is not used up by crashes. A PIN that is then
+// refused is entered by Arm.
+func (l Latch) Check(pin *secret.Bytes) error {
+	_, _, err := l.check(pin)
+	return err
+}
+
+func (l Latch) check(pin *secret.Bytes) (r refused, hash []byte, err error) {
+	if r, err = l.load(); err != nil {
+		return r, nil, fmt.Errorf("PIN latch: %w", err)
+	}
+	if len(r.pins) >= latchMax {
+		return r, nil, fmt.Errorf("%w: %d PINs were refused: set the right one, then delete %s", ErrRefused, len(r.pins), l.path())
+	}
+	if hash, err = r.hash(pin); err != nil {
+		return r, nil, fmt.Errorf("PIN latch: %w", err)
+	}
+	for _, old := range r.pins {
+		if subtle.ConstantTimeCompare(old, hash) == 1 {
+			return r, nil, fmt.Errorf("%w: this PIN was sent before and is not sent again: put the right one into the PIN source; if this is the right one, delete %s", ErrRefused, l.path())
+		}
+	}
+	return r, hash, nil
 }
 
 // Accepted forgets all refusals: the device took the PIN, and counts anew.

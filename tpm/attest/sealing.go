@@ -21,10 +21,10 @@ type Sealing struct {
 
 // Verify checks a sealing: that the TPM of ak, which is from an [Attested], made the
 // object, that the object opens under authPolicy and in no other way
-// ([policy.Host.AuthPolicy]), and that it was certified for this nonce, which the
+// ([policy.Host.AuthPolicy]) and has a PIN if that is said, and that it was certified for this nonce, which the
 // verifier draws anew each time. It does not say that the host's shares are under this
 // key: what a host does with what it opens is not for its TPM to tell.
-func (s *Sealing) Verify(ak *ecdsa.PublicKey, nonce, authPolicy []byte) error {
+func (s *Sealing) Verify(ak *ecdsa.PublicKey, nonce, authPolicy []byte, pin bool) error {
 	if ak == nil || len(nonce) < nonceSize || len(authPolicy) != sha256.Size {
 		return errors.New("a sealing is checked by an attestation key, a nonce of 32 bytes and the digest of a policy")
 	}
@@ -36,7 +36,7 @@ func (s *Sealing) Verify(ak *ecdsa.PublicKey, nonce, authPolicy []byte) error {
 	if err != nil {
 		return errors.New("sealed key: it is no sealed data object")
 	}
-	if !bytes.Equal(tpm2.Marshal(policy.SealedPublic(authPolicy, unique.Buffer)), s.Public) {
+	if !bytes.Equal(tpm2.Marshal(policy.SealedPublic(authPolicy, unique.Buffer, pin)), s.Public) {
 		return errors.New("sealed key: it opens under another policy, or in other ways too")
 	}
 	a, err := statement(ak, nonce, s.Attest, s.Signature, tpm2.TPMSTAttestCreation)

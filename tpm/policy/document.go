@@ -31,6 +31,7 @@ type Policy struct {
 	Counter uint32 // NV index
 	Version uint64
 	State   State
+	PIN     bool      // the host's PIN is wanted too
 	Comment string    // for people: what this state is
 	Signed  time.Time // as the signer's clock had it
 
@@ -97,10 +98,15 @@ func (p *Policy) approved(h *Host) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return digest(p.State.Command(0), notRevoked)
+	steps := []step{p.State.Command(0), notRevoked}
+	if p.PIN {
+		steps = append(steps, tpm2.PolicyAuthValue{})
+	}
+	return digest(steps...)
 }
 
-// Steps are the commands that satisfy the policy in a session, all but the last.
+// Steps are the commands that satisfy the policy in a session, but for TPM2_PolicyAuthValue
+// where it wants the PIN, and TPM2_PolicyAuthorize, which follow.
 func (p *Policy) Steps(h *Host, session tpm2.TPMHandle) (tpm2.PolicyPCR, tpm2.PolicyNV, error) {
 	notRevoked, err := h.counterIs(session, tpm2.TPMEOUnsignedLE, p.Version)
 	return p.State.Command(session), notRevoked, err
@@ -229,8 +235,10 @@ func checkCommon(host, comment string, counter uint32) error {
 func (p *Policy) text() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "# Lets host %q open what its TPM guards in this measured state, until version %d is revoked.\n", p.Host, p.Version)
-	fmt.Fprintf(&b, "kind = %q\nhost = %q\nversion = %d\ncomment = %q\nsigned = %q\ncounter = \"%#08x\"\n\n[pcrs] # SHA-256 bank\n",
+	fmt.Fprintf(&b, "kind = %q\nhost = %q\nversion = %d\ncomment = %q\nsigned = %q\ncounter = \"%#08x\"\n",
 		kindPolicy, p.Host, p.Version, p.Comment, p.Signed.UTC().Format(time.RFC3339), p.Counter)
+	writePIN(&b, p.PIN)
+	b.WriteString("\n[pcrs] # SHA-256 bank\n")
 	writeState(&b, p.State)
 	return b.String()
 }
@@ -239,6 +247,13 @@ func (r *Revocation) text() string {
 	return fmt.Sprintf("# Ends all seal policies of host %q below version %d, for good.\n"+
 		"kind = %q\nhost = %q\nbelow = %d\ncomment = %q\nsigned = %q\ncounter = \"%#08x\"\n",
 		r.Host, r.Below, kindRevocation, r.Host, r.Below, r.Comment, r.Signed.UTC().Format(time.RFC3339), r.Counter)
+}
+
+// writePIN leaves the line out where there is no PIN.
+func writePIN(b *strings.Builder, pin bool) {
+	if pin {
+		b.WriteString("pin = true\n")
+	}
 }
 
 func writeState(b *strings.Builder, s State) {
@@ -256,6 +271,7 @@ type file struct {
 	Comment   string            `toml:"comment"`
 	Signed    string            `toml:"signed"`
 	Counter   string            `toml:"counter"`
+	PIN       bool              `toml:"pin"`
 	PCRs      map[string]string `toml:"pcrs"`
 	Signature struct {
 		Key      string `toml:"key"`
@@ -338,7 +354,7 @@ func (f *file) statement() (statement, error) {
 	switch {
 	case f.Kind == kindPolicy && f.Version != nil && f.Below == nil:
 		state, err := parseState(f.PCRs)
-		return &Policy{f.Host, uint32(counter), *f.Version, state, f.Comment, signed, s}, err
+		return &Policy{f.Host, uint32(counter), *f.Version, state, f.PIN, f.Comment, signed, s}, err
 	case f.Kind == kindRevocation && f.Below != nil && f.Version == nil && f.PCRs == nil:
 		return &Revocation{f.Host, uint32(counter), *f.Below, f.Comment, signed, s}, nil
 	}

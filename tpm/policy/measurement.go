@@ -19,6 +19,7 @@ type Measurement struct {
 	Key      string // fingerprint of the policy key that the host trusts
 	Taken    time.Time
 	Selected []int // the PCRs that the host is configured to be judged by
+	PIN      bool  // the host has a PIN, which policies may want
 	PCRs     State // all of the SHA-256 bank
 }
 
@@ -29,8 +30,10 @@ func (m *Measurement) Encode() []byte {
 	var b strings.Builder
 	fmt.Fprintf(&b, "# What the TPM of host %q has measured. It proves nothing: compare it with a machine that you trust.\n", m.Host)
 	selected, _ := toml.Marshal(map[string][]int{"selected": m.Selected})
-	fmt.Fprintf(&b, "kind = %q\nhost = %q\ntaken = %q\nkey = %q\ncounter = \"%#08x\"\nrevoked_below = %d\nnext_version = %d\n%s\n[pcrs] # SHA-256 bank\n",
+	fmt.Fprintf(&b, "kind = %q\nhost = %q\ntaken = %q\nkey = %q\ncounter = \"%#08x\"\nrevoked_below = %d\nnext_version = %d\n%s",
 		kindMeasurement, m.Host, m.Taken.UTC().Format(time.RFC3339), m.Key, m.Counter, m.Revoked, m.Next, selected)
+	writePIN(&b, m.PIN)
+	b.WriteString("\n[pcrs] # SHA-256 bank\n")
 	writeState(&b, m.PCRs)
 	return []byte(b.String())
 }
@@ -46,6 +49,7 @@ func ParseMeasurement(b []byte) (*Measurement, error) {
 		Revoked  uint64            `toml:"revoked_below"`
 		Next     uint64            `toml:"next_version"`
 		Selected []int             `toml:"selected"`
+		PIN      bool              `toml:"pin"`
 		PCRs     map[string]string `toml:"pcrs"`
 	}
 	if len(b) > MaxDocument {
@@ -66,7 +70,7 @@ func ParseMeasurement(b []byte) (*Measurement, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &Measurement{f.Host, uint32(counter), f.Revoked, f.Next, f.Key, taken, f.Selected, pcrs}
+	m := &Measurement{f.Host, uint32(counter), f.Revoked, f.Next, f.Key, taken, f.Selected, f.PIN, pcrs}
 	for _, i := range m.Selected {
 		if pcrs[i] == nil {
 			return nil, fmt.Errorf("PCR %d is selected and has no value", i)
@@ -75,9 +79,10 @@ func ParseMeasurement(b []byte) (*Measurement, error) {
 	return m, checkCommon(m.Host, "", m.Counter)
 }
 
-// Policy is a policy for the state that was measured, over the selected PCRs.
+// Policy is a policy for the state that was measured, over the selected PCRs. It wants
+// the host's PIN if there is one.
 func (m *Measurement) Policy(comment string, signed time.Time) *Policy {
-	p := &Policy{Host: m.Host, Counter: m.Counter, Version: m.Next, State: State{}, Comment: comment, Signed: signed}
+	p := &Policy{Host: m.Host, Counter: m.Counter, Version: m.Next, State: State{}, PIN: m.PIN, Comment: comment, Signed: signed}
 	for _, i := range m.Selected {
 		p.State[i] = m.PCRs[i]
 	}

@@ -201,7 +201,9 @@ func (h *Host) counterIs(session tpm2.TPMHandle, op tpm2.TPMEO, value uint64) (c
 // SealedPublic is the public part of a sealed data object that opens under a policy
 // only: UserWithAuth is clear, so that there is no other way in. unique is the object's
 // own, 32 bytes, or nil where the TPM is still to make it.
-func SealedPublic(authPolicy, unique []byte) tpm2.TPMTPublic {
+// pin tells whether it has the host's PIN as its authorization value; wrong ones then
+// count as a dictionary attack.
+func SealedPublic(authPolicy, unique []byte, pin bool) tpm2.TPMTPublic {
 	return tpm2.TPMTPublic{
 		Type:    tpm2.TPMAlgKeyedHash,
 		NameAlg: tpm2.TPMAlgSHA256,
@@ -209,7 +211,7 @@ func SealedPublic(authPolicy, unique []byte) tpm2.TPMTPublic {
 			FixedTPM:        true,
 			FixedParent:     true,
 			AdminWithPolicy: true,
-			NoDA:            true,
+			NoDA:            !pin,
 		},
 		AuthPolicy: tpm2.TPM2BDigest{Buffer: authPolicy},
 		Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgKeyedHash, &tpm2.TPMSKeyedHashParms{

@@ -222,7 +222,11 @@ type Policy struct {
 	Opens   bool `protobuf:"varint,4,opt,name=opens,proto3" json:"opens,omitempty"`
 	Revoked bool `protobuf:"varint,5,opt,name=revoked,proto3" json:"revoked,omitempty"`
 	// PCRs that it wants otherwise.
-	Changed       []*PCRChange `protobuf:"bytes,6,rep,name=changed,proto3" json:"changed,omitempty"`
+	Changed []*PCRChange `protobuf:"bytes,6,rep,name=changed,proto3" json:"changed,omitempty"`
+	// The host's PIN is wanted too.
+	Pin bool `protobuf:"varint,7,opt,name=pin,proto3" json:"pin,omitempty"`
+	// It wants a PIN, and the host was initialised without one.
+	NoPin         bool `protobuf:"varint,8,opt,name=no_pin,json=noPin,proto3" json:"no_pin,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -297,6 +301,20 @@ func (x *Policy) GetChanged() []*PCRChange {
 		return x.Changed
 	}
 	return nil
+}
+
+func (x *Policy) GetPin() bool {
+	if x != nil {
+		return x.Pin
+	}
+	return false
+}
+
+func (x *Policy) GetNoPin() bool {
+	if x != nil {
+		return x.NoPin
+	}
+	return false
 }
 
 type PCRChange struct {
@@ -1287,14 +1305,16 @@ const file_agent_api_conseal_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12#\n" +
 	"\rrevoked_below\x18\x02 \x01(\x04R\frevokedBelow\x12.\n" +
 	"\bpolicies\x18\x03 \x03(\v2\x12.conseal.v1.PolicyR\bpolicies\x12\x16\n" +
-	"\x06broken\x18\x04 \x01(\tR\x06broken\"\xb5\x01\n" +
+	"\x06broken\x18\x04 \x01(\tR\x06broken\"\xde\x01\n" +
 	"\x06Policy\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\x04R\aversion\x12\x18\n" +
 	"\acomment\x18\x02 \x01(\tR\acomment\x12\x16\n" +
 	"\x06signed\x18\x03 \x01(\tR\x06signed\x12\x14\n" +
 	"\x05opens\x18\x04 \x01(\bR\x05opens\x12\x18\n" +
 	"\arevoked\x18\x05 \x01(\bR\arevoked\x12/\n" +
-	"\achanged\x18\x06 \x03(\v2\x15.conseal.v1.PCRChangeR\achanged\"a\n" +
+	"\achanged\x18\x06 \x03(\v2\x15.conseal.v1.PCRChangeR\achanged\x12\x10\n" +
+	"\x03pin\x18\a \x01(\bR\x03pin\x12\x15\n" +
+	"\x06no_pin\x18\b \x01(\bR\x05noPin\"a\n" +
 	"\tPCRChange\x12\x10\n" +
 	"\x03pcr\x18\x01 \x01(\rR\x03pcr\x12\x14\n" +
 	"\x05words\x18\x02 \x01(\tR\x05words\x12\x14\n" +
