@@ -4,6 +4,8 @@ package hsm
 
 import (
 	"context"
+	"crypto"
+	"errors"
 
 	"github.com/miekg/pkcs11"
 
@@ -52,3 +54,29 @@ var MayTry = mayTry
 
 // ParsePoint parses CKA_EC_POINT.
 var ParsePoint = parsePoint
+
+// Restart starts a module again, so that it sees tokens that were made meanwhile.
+func Restart(path string) error {
+	m, err := loadModule(path, nil)
+	if err != nil {
+		return err
+	}
+	return m.restart(m.epoch)
+}
+
+// SetPIN changes the user PIN of the token that a key of [OpenKey] is in.
+func SetPIN(key crypto.Signer, from, to string) error {
+	k := key.(*tokenKey)
+	sh, err := k.mod.openSession(k.s.slot)
+	if err != nil {
+		return err
+	}
+	return errors.Join(k.mod.p.SetPIN(sh, from, to), k.mod.p.CloseSession(sh))
+}
+
+// MakeObject tries to make an object in the token with the session of a key of [OpenKey].
+func MakeObject(key crypto.Signer) error {
+	s := key.(*tokenKey).s
+	s.name = "nobody"
+	return s.makeSentinel()
+}

@@ -11,12 +11,14 @@
 //		StateDir:  "/var/lib/conseal/hsm",
 //	})
 //
+// [OpenKey] is for a tool instead: it gives a signer with a key that is in a token already.
+//
 // The vendor's library runs inside the process: a crash of it is a crash of the
 // process, and a call under way cannot be interrupted. A context is honoured
 // between calls and while waiting for a session.
 //
 // PKCS#11 is spoken through cgo. Without it the package still parses URIs and
-// clears PIN latches, and Open and Provision say what is missing.
+// clears PIN latches, and Open, Provision and OpenKey say what is missing.
 package hsm
 
 import (
@@ -60,18 +62,14 @@ const maxSessions = 8
 // validate checks the configuration and gives its URI.
 func (c Config) validate() (*URI, error) {
 	u, err := ParseURI(c.URI)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		err = u.checkToken()
 	}
 	switch {
-	case u.Token == "" && u.Serial == "":
-		return nil, errors.New("hsm: the URI names no token: add token= or serial= (a slot-id alone changes)")
+	case err != nil:
+		return nil, err
 	case u.Object != "" || u.Type != "" || u.ID != nil:
 		return nil, errors.New("hsm: the URI must name a token, not an object: remove object=, type= and id=")
-	case u.ModulePath == "":
-		return nil, errors.New("hsm: the URI lacks module-path=, the absolute path of the vendor's PKCS#11 library")
-	case u.ModuleName != "" && bareModule(u.ModuleName) != bareModule(filepath.Base(u.ModulePath)):
-		return nil, fmt.Errorf("hsm: module-name=%s is not the name of module-path=%s: remove one", u.ModuleName, u.ModulePath)
 	case c.PINSource == "" && u.PINSource == "":
 		return nil, errors.New("hsm: no PIN source: set it to file:/path, fd:N or cred:NAME")
 	case c.MaxSessions < 0:
@@ -81,6 +79,19 @@ func (c Config) validate() (*URI, error) {
 		return nil, err
 	}
 	return u, validStateDir(c.StateDir)
+}
+
+// checkToken checks that the URI names a token and its module.
+func (u *URI) checkToken() error {
+	switch {
+	case u.Token == "" && u.Serial == "":
+		return errors.New("hsm: the URI names no token: add token= or serial= (a slot-id alone changes)")
+	case u.ModulePath == "":
+		return errors.New("hsm: the URI lacks module-path=, the absolute path of the vendor's PKCS#11 library")
+	case u.ModuleName != "" && bareModule(u.ModuleName) != bareModule(filepath.Base(u.ModulePath)):
+		return fmt.Errorf("hsm: module-name=%s is not the name of module-path=%s: remove one", u.ModuleName, u.ModulePath)
+	}
+	return nil
 }
 
 // bareModule is a module's name as RFC 7512 section 2.3 wants it: without prefix

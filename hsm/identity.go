@@ -125,19 +125,28 @@ func (i *identity) sign(ctx context.Context, digest []byte) (der []byte, err err
 		if err != nil {
 			return err
 		}
-		if err := s.p.SignInit(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_ECDSA, nil)}, k); err != nil {
-			return failed("C_SignInit", err)
-		}
-		raw, err := s.p.Sign(s.h, digest)
-		if err != nil {
-			return failed("C_Sign", err)
-		}
-		if der, err = signatureDER(raw); err == nil && !ecdsa.VerifyASN1(i.public, digest, der) {
+		if der, err = s.sign(k, digest, func() error { return nil }); err == nil && !ecdsa.VerifyASN1(i.public, digest, der) {
 			err = &Error{Class: ClassPolicy, What: "C_Sign: the signature does not verify under " + s.label("identity")}
 		}
 		return err
 	})
 	return der, err
+}
+
+// sign signs a digest by ECDSA and gives the signature in DER. login is called when
+// a key that asks for a login of its own waits for it.
+func (s *session) sign(key pkcs11.ObjectHandle, digest []byte, login func() error) ([]byte, error) {
+	if err := s.p.SignInit(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_ECDSA, nil)}, key); err != nil {
+		return nil, failed("C_SignInit", err)
+	}
+	if err := login(); err != nil {
+		return nil, err
+	}
+	raw, err := s.p.Sign(s.h, digest)
+	if err != nil {
+		return nil, failed("C_Sign", err)
+	}
+	return signatureDER(raw)
 }
 
 // signatureDER makes an Ecdsa-Sig-Value (RFC 3279 section 2.2.3) of r||s.

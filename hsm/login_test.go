@@ -11,9 +11,10 @@ import (
 	"github.com/miekg/pkcs11"
 
 	"conseal/hsm"
+	"conseal/testenv"
 )
 
-// spied is a host whose module is pkcs11-spy, which logs each call.
+// spied is a program whose module is pkcs11-spy, which logs each call.
 type spied struct {
 	cfg hsm.Config
 	log string
@@ -23,28 +24,39 @@ type spied struct {
 func newSpied(t *testing.T) spied {
 	t.Helper()
 	_, cfg := newHost(t)
-	uri, err := hsm.ParseURI(cfg.URI)
+	s := newSpy(t, cfg.URI)
+	cfg.URI, cfg.PINSource = s.cfg.URI, writeFile(t, "pin", "wrong", 0o600)
+	s.cfg = cfg
+	return s
+}
+
+// newSpy puts pkcs11-spy between a URI and its module.
+func newSpy(t *testing.T, of string) spied {
+	t.Helper()
+	uri, err := hsm.ParseURI(of)
 	if err != nil {
 		t.Fatal(err)
 	}
-	found, err := filepath.Glob("/usr/lib*/*/pkcs11-spy.so")
-	if more, _ := filepath.Glob("/usr/lib*/pkcs11-spy.so"); err != nil || len(found)+len(more) == 0 {
-		t.Fatal("pkcs11-spy.so is needed and was not found; install it: apt-get install opensc-pkcs11")
-	} else {
-		found = append(found, more...)
+	spy, err := testenv.Spy()
+	if err != nil {
+		t.Fatal(err)
 	}
 	log := filepath.Join(t.TempDir(), "spy.log")
 	env := []string{"PKCS11SPY=" + uri.ModulePath, "PKCS11SPY_OUTPUT=" + log}
-	uri.ModulePath = found[0]
-	cfg.PINSource = writeFile(t, "pin", "wrong", 0o600)
-	cfg.URI = uri.String()
-	return spied{cfg, log, env}
+	uri.ModulePath = spy
+	return spied{hsm.Config{URI: uri.String()}, log, env}
 }
 
 // open opens the token in a new process.
 func (s spied) open(t *testing.T) error {
 	t.Helper()
-	out, err := childCommand(t, "open", s.cfg, s.env...).CombinedOutput()
+	return s.run(t, "open")
+}
+
+// run is a new process in a role.
+func (s spied) run(t *testing.T, role string) error {
+	t.Helper()
+	out, err := childCommand(t, role, s.cfg, s.env...).CombinedOutput()
 	if err != nil {
 		return &childError{string(out)}
 	}

@@ -21,6 +21,9 @@ func Open(context.Context, Config) (*HSM, error) { return nil, errNoCgo }
 // Provision says that PKCS#11 needs cgo.
 func Provision(context.Context, Config) (Provisioned, error) { return Provisioned{}, errNoCgo }
 
+// OpenKey says that PKCS#11 needs cgo.
+func OpenKey(KeyConfig) (crypto.Signer, func(), error) { return nil, nil, errNoCgo }
+
 // Close does nothing.
 func (h *HSM) Close() {}
 

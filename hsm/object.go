@@ -28,8 +28,12 @@ func (s *session) label(what string) string { return label(s.name, what) }
 // find gives all token objects of a class under a label. Whoever concludes
 // anything from an empty answer calls absent first.
 func (s *session) find(class uint, label string, more ...*pkcs11.Attribute) ([]pkcs11.ObjectHandle, error) {
-	template := append([]*pkcs11.Attribute{
-		attr(pkcs11.CKA_CLASS, class), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_LABEL, label)}, more...)
+	return s.search(append([]*pkcs11.Attribute{
+		attr(pkcs11.CKA_CLASS, class), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_LABEL, label)}, more...))
+}
+
+// search gives all objects that fit a template; of an empty answer see find.
+func (s *session) search(template []*pkcs11.Attribute) ([]pkcs11.ObjectHandle, error) {
 	if err := s.p.FindObjectsInit(s.h, template); err != nil {
 		return nil, failed("C_FindObjectsInit", err)
 	}
@@ -91,7 +95,7 @@ func (s *session) sentinel() error {
 // object and reports no error.
 func (s *session) loggedIn() error {
 	si, err := s.p.GetSessionInfo(s.h)
-	if err == nil && s.asks && si.State != pkcs11.CKS_RW_USER_FUNCTIONS {
+	if err == nil && s.asks && si.State != pkcs11.CKS_RW_USER_FUNCTIONS && si.State != pkcs11.CKS_RO_USER_FUNCTIONS {
 		err = pkcs11.Error(pkcs11.CKR_USER_NOT_LOGGED_IN)
 	}
 	return failed("C_GetSessionInfo", err)

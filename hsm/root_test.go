@@ -5,6 +5,7 @@ package hsm_test
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -301,6 +302,18 @@ func childCommand(t *testing.T, mode string, cfg hsm.Config, env ...string) *exe
 func child(mode string) int {
 	ctx := context.Background()
 	cfg := hsm.Config{URI: os.Getenv("HSM_TEST_URI"), PINSource: os.Getenv("HSM_TEST_PIN"), StateDir: os.Getenv("HSM_TEST_STATE"), Name: "web1"}
+	if mode == "key" {
+		key, done, err := hsm.OpenKey(hsm.KeyConfig{URI: cfg.URI, PINSource: cfg.PINSource})
+		if err == nil {
+			defer done()
+			_, err = key.Sign(nil, make([]byte, sha256.Size), crypto.SHA256)
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		return 0
+	}
 	if mode == "provision" {
 		fmt.Println("ready")
 		if _, err := hsm.Provision(ctx, cfg); err != nil {

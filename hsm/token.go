@@ -322,7 +322,7 @@ func (m *module) openSession(slot uint) (pkcs11.SessionHandle, error) {
 
 // dial makes a connection. The caller holds mu and mod.mu.
 func (h *HSM) dial() (*connection, error) {
-	slot, info, err := h.findToken()
+	slot, info, err := h.mod.findToken(h.uri)
 	if err != nil {
 		return nil, err
 	}
@@ -339,15 +339,15 @@ func (h *HSM) dial() (*connection, error) {
 
 // findToken finds the one token that the URI selects. Slot numbers and their
 // order change, so that every token is looked at.
-func (h *HSM) findToken() (slot uint, info pkcs11.TokenInfo, err error) {
-	slots, err := h.mod.p.GetSlotList(true)
+func (m *module) findToken(uri *URI) (slot uint, info pkcs11.TokenInfo, err error) {
+	slots, err := m.p.GetSlotList(true)
 	if err != nil {
 		return 0, info, failed("C_GetSlotList", err)
 	}
 	found := 0
 	for _, s := range slots {
-		ti, err := h.mod.p.GetTokenInfo(s)
-		if err != nil || !matches(h.uri, s, ti) {
+		ti, err := m.p.GetTokenInfo(s)
+		if err != nil || !matches(uri, s, ti) {
 			continue // one bad slot must not hide the others
 		}
 		slot, info = s, ti
@@ -355,11 +355,11 @@ func (h *HSM) findToken() (slot uint, info pkcs11.TokenInfo, err error) {
 	}
 	switch found {
 	case 0:
-		return 0, info, &Error{Class: ClassToken, What: fmt.Sprintf("no token matches %s in %d slots of %s", h.uri.path(), len(slots), h.mod.path)}
+		return 0, info, &Error{Class: ClassToken, What: fmt.Sprintf("no token matches %s in %d slots of %s", uri.path(), len(slots), m.path)}
 	case 1:
 		return slot, info, nil
 	}
-	return 0, info, fmt.Errorf("%d tokens match %s: add serial= to the URI", found, h.uri.path())
+	return 0, info, fmt.Errorf("%d tokens match %s: add serial= to the URI", found, uri.path())
 }
 
 func matches(u *URI, slot uint, ti pkcs11.TokenInfo) bool {
@@ -416,10 +416,7 @@ func (h *HSM) sendPIN(sh pkcs11.SessionHandle, value *secret.Bytes) error {
 	if err := l.Arm(value); err != nil {
 		return err
 	}
-	err := value.Use(func(b []byte) error {
-		// No copy in Go's heap. The binding's own copy in C's is not wiped.
-		return h.mod.p.Login(sh, pkcs11.CKU_USER, unsafe.String(unsafe.SliceData(b), len(b)))
-	})
+	err := h.mod.logIn(sh, pkcs11.CKU_USER, value)
 	var rv pkcs11.Error
 	switch errors.As(err, &rv); {
 	case err == nil:
@@ -434,4 +431,12 @@ func (h *HSM) sendPIN(sh pkcs11.SessionHandle, value *secret.Bytes) error {
 		return fmt.Errorf("%w, which is locked (%w): unlock it with the security officer's PIN", pin.ErrRefused, err)
 	}
 	return fmt.Errorf("%w from %s (%w): put the right PIN there; this one is not sent again", pin.ErrRefused, h.pin, err)
+}
+
+// logIn sends the PIN.
+func (m *module) logIn(sh pkcs11.SessionHandle, user uint, value *secret.Bytes) error {
+	return value.Use(func(b []byte) error {
+		// No copy in Go's heap. The binding's own copy in C's is not wiped.
+		return m.p.Login(sh, user, unsafe.String(unsafe.SliceData(b), len(b)))
+	})
 }

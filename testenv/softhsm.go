@@ -69,6 +69,17 @@ func softHSM() (string, error) {
 	return "", errors.New("libsofthsm2.so is needed and was not found; install it: apt-get install softhsm2")
 }
 
+// Spy is OpenSC's module that stands in front of another one and logs each call: it
+// wants PKCS11SPY, the other's path, and PKCS11SPY_OUTPUT in the environment.
+func Spy() (string, error) {
+	for _, pattern := range []string{"/usr/lib*/*/pkcs11-spy.so", "/usr/lib*/pkcs11-spy.so"} {
+		if found, err := filepath.Glob(pattern); err == nil && len(found) > 0 {
+			return found[0], nil
+		}
+	}
+	return "", errors.New("pkcs11-spy.so is needed and was not found; install it: apt-get install opensc-pkcs11")
+}
+
 func (t *Token) writeFiles(pin string) error {
 	if err := os.Mkdir(t.Store, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
