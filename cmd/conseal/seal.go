@@ -3,12 +3,14 @@ package main
 import (
 	"bytes"
 	"crypto"
+	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -267,7 +269,32 @@ func (e *env) writeDocument(path string, b []byte) error {
 		_, err := e.out.Write(b)
 		return err
 	}
-	return os.WriteFile(path, b, 0o644)
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		real = path
+	}
+	if info, err := os.Lstat(real); err == nil && !info.Mode().IsRegular() {
+		return os.WriteFile(real, b, 0o644) // a pipe, say: nothing in it could be lost
+	}
+	return replaceFile(real, b)
+}
+
+// replaceFile writes a file whole or leaves what was there.
+func replaceFile(path string, b []byte) error {
+	made := filepath.Join(filepath.Dir(path), ".new-"+rand.Text())
+	f, err := os.OpenFile(made, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	if err != nil {
+		return err
+	}
+	defer os.Remove(made) // gone already once it is renamed
+	_, err = f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("%s is as it was: %w", path, err)
+	}
+	return os.Rename(made, path)
 }
 
 func sealSign(e *env) *cobra.Command {
