@@ -50,9 +50,12 @@ type Host struct {
 	client  *api.Client
 }
 
-// Team is a security team: a key of ssh-keygen, with .pub beside it, and the file of
-// its passphrase.
-type Team struct{ Key, Passphrase string }
+// Team is a security team: its key, a file of ssh-keygen or the URI of a key in a
+// token, the file of its public half, and the file of its passphrase or PIN.
+type Team struct {
+	Key, Public, Secret string
+	Env                 []string // what `conseal seal sign` needs beside
+}
 
 // Binaries are the built programs.
 type Binaries struct{ Agent, Client string }
@@ -152,7 +155,7 @@ func (f *Fleet) RosterFile() string { return filepath.Join(f.Dir, "roster.toml")
 func (h *Host) WriteConfig() error {
 	protector := fmt.Sprintf("[protector]\nkind = \"tpm\"\n[protector.tpm]\ndevice = %q\n", "")
 	if h.fleet.Team.Key != "" {
-		protector += fmt.Sprintf("policy_key = %q\n", h.fleet.Team.Key+".pub")
+		protector += fmt.Sprintf("policy_key = %q\n", h.fleet.Team.Public)
 	}
 	if h.Protector == "hsm" {
 		protector = fmt.Sprintf("[protector]\nkind = \"hsm\"\n[protector.hsm]\nuri = %q\nmodules = [%q]\n", h.Token.URI, h.Token.Module)
@@ -184,8 +187,13 @@ func (h *Host) Init(ctx context.Context) error {
 		if err == nil {
 			return fmt.Errorf("conseald init on %s finished before a policy was signed", h.Name)
 		}
+		secret := "--passphrase"
+		if strings.HasPrefix(h.fleet.Team.Key, "pkcs11:") {
+			secret = "--pin"
+		}
 		cmd := exec.CommandContext(ctx, h.fleet.Bin.Client, "seal", "sign", "--measurement", filepath.Join(h.State(), "measurement.toml"),
-			"--key", h.fleet.Team.Key, "--passphrase", "file:"+h.fleet.Team.Passphrase, "--comment", "as installed", "--output", h.PolicyFile())
+			"--key", h.fleet.Team.Key, secret, "file:"+h.fleet.Team.Secret, "--comment", "as installed", "--output", h.PolicyFile())
+		cmd.Env = append(os.Environ(), h.fleet.Team.Env...)
 		if said, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("signing a seal policy for %s: %w: %s", h.Name, err, said)
 		}

@@ -24,7 +24,9 @@ import (
 // Beside testscript's own, a story has these commands:
 //
 //	say TEXT               tell the reader something
-//	team KEY PASSPHRASE    let the fleet that comes next have seal policies, signed with a key of ssh-keygen; both are files
+//	token                  make a SoftHSM token: $TOKEN is its label, $MODULE its module, $PIN and $PINFILE its PIN, $SPY pkcs11-spy
+//	team KEY PUBLIC SECRET let the fleet that comes next have seal policies, signed with KEY, a file of ssh-keygen or a pkcs11: URI; the others
+//	                       are files: its public half, and its passphrase or PIN
 //	fleet KIND...          make hosts alpha, beta, gamma, ... with a tpm or an hsm each, and initialise them
 //	key NAME SCHEME T      declare a key of all hosts with quorum T; the roster is written with the next `up`
 //	up [HOST...]           start agents, all unless named
@@ -55,7 +57,7 @@ func Stories(ctx context.Context, bin Binaries, dir string, live io.Writer) (p t
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"say": s.say, "team": s.team, "fleet": s.fleet, "measure": s.measure, "reboot": s.reboot,
+			"say": s.say, "token": s.token, "team": s.team, "fleet": s.fleet, "measure": s.measure, "reboot": s.reboot,
 			"image": s.image, "putback": s.putback, "key": s.key, "up": s.up, "down": s.down,
 			"crash": s.crash, "ready": s.ready, "on": s.on, "run": s.run, "end": s.end,
 		},
@@ -126,10 +128,40 @@ func (s *storyteller) fleet(ts *testscript.TestScript, neg bool, kinds []string)
 
 func (s *storyteller) team(ts *testscript.TestScript, neg bool, args []string) {
 	s.step(ts, neg, func(_ context.Context, st *story) error {
-		if len(args) != 2 || st.fleet != nil {
-			return errors.New("usage, before fleet: team KEY PASSPHRASE")
+		if len(args) != 3 || st.fleet != nil {
+			return errors.New("usage, before fleet: team KEY PUBLIC SECRET")
 		}
-		st.team = Team{ts.MkAbs(args[0]), ts.MkAbs(args[1])}
+		st.team = Team{Key: args[0], Public: ts.MkAbs(args[1]), Secret: ts.MkAbs(args[2]), Env: []string{"SOFTHSM2_CONF=" + ts.Getenv("SOFTHSM2_CONF")}}
+		if !strings.HasPrefix(args[0], "pkcs11:") {
+			st.team.Key = ts.MkAbs(args[0])
+		}
+		return nil
+	})
+}
+
+func (s *storyteller) token(ts *testscript.TestScript, neg bool, args []string) {
+	s.step(ts, neg, func(ctx context.Context, _ *story) error {
+		dir := ts.MkAbs("token")
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return err
+		}
+		t, err := NewToken(ctx, dir)
+		if err != nil {
+			return err
+		}
+		pin, err := os.ReadFile(t.PINFile)
+		if err != nil {
+			return err
+		}
+		spy, err := Spy()
+		if err != nil {
+			return err
+		}
+		for name, value := range map[string]string{"TOKEN": t.Label, "MODULE": t.Module, "SPY": spy,
+			"PIN": strings.TrimSpace(string(pin)), "PINFILE": t.PINFile, "SOFTHSM2_CONF": t.Conf} {
+			ts.Setenv(name, value)
+		}
+		s.tell("   a SoftHSM token, %s", t.Label)
 		return nil
 	})
 }

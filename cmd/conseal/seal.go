@@ -3,9 +3,12 @@ package main
 import (
 	"bytes"
 	"crypto"
+	"crypto/ecdsa"
 	"crypto/rand"
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -20,6 +23,7 @@ import (
 	"golang.org/x/term"
 
 	"conseal/agent/api"
+	"conseal/hsm"
 	"conseal/tpm/policy"
 )
 
@@ -30,10 +34,10 @@ func sealCommand(e *env) *cobra.Command {
 		Long: `Seal policies: in which measured states a host's TPM opens its shares.
 
 On the host, over the admin socket: measure, status, install. At the security
-team, on files: plan, sign, revoke. Files travel between them in the open: what
+team, on files: key, plan, sign, revoke. Files travel between them in the open: what
 the team signs is signed, and what a host measures proves nothing by itself.`,
 	})
-	c.AddCommand(sealMeasure(e), sealStatus(e), sealInstall(e), sealPlan(e), sealSign(e), sealRevoke(e))
+	c.AddCommand(sealMeasure(e), sealStatus(e), sealInstall(e), sealKey(e), sealPlan(e), sealSign(e), sealRevoke(e))
 	return c
 }
 
@@ -196,70 +200,111 @@ func (s *stateFlags) read() (now *policy.Measurement, then policy.Measurement, e
 	return now, then, nil
 }
 
+// keyFlags say where the security team's private key is.
+type keyFlags struct{ key, passphrase, pin string }
+
+func (k *keyFlags) add(c *cobra.Command) {
+	c.Flags().StringVar(&k.key, "key", "", "the security team's private key: a file, as ssh-keygen makes it, or the pkcs11: URI of a key in a token")
+	c.Flags().StringVar(&k.passphrase, "passphrase", "", "where the file's passphrase is: file:/PATH or fd:N; else it is asked for")
+	c.Flags().StringVar(&k.pin, "pin", "", "where the token's PIN is: file:/PATH, fd:N or cred:NAME; else it is asked for")
+}
+
+// open opens the private key. The caller calls done when it has signed.
+func (k *keyFlags) open() (key crypto.Signer, done func(), err error) {
+	token := strings.HasPrefix(k.key, "pkcs11:")
+	switch {
+	case k.key == "":
+		return nil, nil, usageError{errors.New("--key is wanted: the file or pkcs11: URI of the security team's private key")}
+	case token && k.passphrase != "":
+		return nil, nil, usageError{errors.New("--passphrase is for a key in a file: a token's PIN comes from --pin")}
+	case !token && k.pin != "":
+		return nil, nil, usageError{errors.New("--pin is for a key in a token: a file's passphrase comes from --passphrase")}
+	case token:
+		return hsm.OpenKey(hsm.KeyConfig{URI: k.key, PINSource: k.pin, AskPIN: func(prompt string) ([]byte, error) { return ask(prompt, "--pin") }})
+	}
+	b, err := os.ReadFile(k.key)
+	if err != nil {
+		return nil, nil, err
+	}
+	passphrase, err := k.readPassphrase()
+	if err != nil {
+		return nil, nil, err
+	}
+	key, err = policy.ParsePrivateKey(b, passphrase)
+	clear(passphrase)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", k.key, err)
+	}
+	return key, func() {}, nil
+}
+
 // signFlags say who signs what.
 type signFlags struct {
-	key, passphrase, comment, output string
+	keyFlags
+	comment, output string
 }
 
 func (s *signFlags) add(c *cobra.Command) {
-	c.Flags().StringVar(&s.key, "key", "", "the security team's private key, as ssh-keygen makes it")
-	c.Flags().StringVar(&s.passphrase, "passphrase", "", "where its passphrase is: file:/PATH or fd:N; else it is asked for")
+	s.keyFlags.add(c)
 	c.Flags().StringVar(&s.comment, "comment", "", "what this is for, for people")
 	c.Flags().StringVar(&s.output, "output", "", "write to this file, else to standard output")
 }
 
 // signer opens the private key, which must be the one that the host trusts.
-func (s *signFlags) signer(m *policy.Measurement) (crypto.Signer, error) {
-	if s.key == "" {
-		return nil, usageError{errors.New("--key FILE is wanted: the security team's private key")}
+func (s *signFlags) signer(m *policy.Measurement) (key crypto.Signer, done func(), err error) {
+	if key, done, err = s.open(); err != nil {
+		return nil, nil, err
 	}
-	b, err := os.ReadFile(s.key)
+	_, have, err := publicKey(key)
+	if err == nil && have != m.Key {
+		err = fmt.Errorf("%s is key %s; host %q trusts %s", s.key, have, m.Host, m.Key)
+	}
 	if err != nil {
-		return nil, err
+		done()
+		return nil, nil, err
 	}
-	passphrase, err := s.readPassphrase()
-	if err != nil {
-		return nil, err
-	}
-	key, err := policy.ParsePrivateKey(b, passphrase)
-	clear(passphrase)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", s.key, err)
-	}
-	public, err := policy.PublicKey(key)
-	if err != nil {
-		return nil, err
-	}
-	if have, err := policy.Fingerprint(public); err != nil || have != m.Key {
-		return nil, fmt.Errorf("%s is key %s; host %q trusts %s", s.key, have, m.Host, m.Key)
-	}
-	return key, nil
+	return key, done, nil
 }
 
-func (s *signFlags) readPassphrase() ([]byte, error) {
-	if path, ok := strings.CutPrefix(s.passphrase, "file:"); ok {
+// publicKey is a policy key's public half and its fingerprint.
+func publicKey(key crypto.Signer) (*ecdsa.PublicKey, string, error) {
+	public, err := policy.PublicKey(key)
+	if err != nil {
+		return nil, "", err
+	}
+	fingerprint, err := policy.Fingerprint(public)
+	return public, fingerprint, err
+}
+
+func (k *keyFlags) readPassphrase() ([]byte, error) {
+	if path, ok := strings.CutPrefix(k.passphrase, "file:"); ok {
 		b, err := os.ReadFile(path)
 		return bytes.TrimRight(b, "\r\n"), err
 	}
-	if n, ok := strings.CutPrefix(s.passphrase, "fd:"); ok {
+	if n, ok := strings.CutPrefix(k.passphrase, "fd:"); ok {
 		fd, err := strconv.Atoi(n)
 		if err != nil || fd < 3 {
-			return nil, usageError{fmt.Errorf("--passphrase %s: wants a descriptor of 3 or above", s.passphrase)}
+			return nil, usageError{fmt.Errorf("--passphrase %s: wants a descriptor of 3 or above", k.passphrase)}
 		}
-		f := os.NewFile(uintptr(fd), s.passphrase)
+		f := os.NewFile(uintptr(fd), k.passphrase)
 		defer f.Close()
 		b, err := io.ReadAll(io.LimitReader(f, 4096))
 		return bytes.TrimRight(b, "\r\n"), err
 	}
-	if s.passphrase != "" {
+	if k.passphrase != "" {
 		return nil, usageError{errors.New("--passphrase wants file:/PATH or fd:N")}
 	}
+	return ask("Passphrase of "+k.key, "--passphrase")
+}
+
+// ask asks the person at the terminal for a secret, which flag could have given.
+func ask(prompt, flag string) ([]byte, error) {
 	tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
 	if err != nil {
-		return nil, fmt.Errorf("nobody to ask for the passphrase: use --passphrase: %w", err)
+		return nil, fmt.Errorf("nobody to ask (%s): use %s: %w", prompt, flag, err)
 	}
 	defer tty.Close()
-	fmt.Fprintf(tty, "Passphrase of %s: ", s.key)
+	fmt.Fprintf(tty, "%s: ", prompt)
 	defer fmt.Fprintln(tty)
 	return term.ReadPassword(int(tty.Fd()))
 }
@@ -297,6 +342,37 @@ func replaceFile(path string, b []byte) error {
 	return os.Rename(made, path)
 }
 
+func sealKey(e *env) *cobra.Command {
+	var with keyFlags
+	c := &cobra.Command{
+		Use:   "key",
+		Short: "Print the public half of the security team's key, for policy_key of the hosts",
+		Long: `Print the public half of the security team's key as PEM, for protector.tpm.policy_key
+of the hosts, and its fingerprint on standard error.`,
+		Example: `  conseal seal key --key "pkcs11:token=team;object=policy?module-path=/usr/lib/softhsm/libsofthsm2.so" > team.pem`,
+		Args:    args(0, 0),
+		RunE: func(c *cobra.Command, _ []string) error {
+			key, done, err := with.open()
+			if err != nil {
+				return err
+			}
+			defer done()
+			public, fingerprint, err := publicKey(key)
+			if err != nil {
+				return err
+			}
+			spki, err := x509.MarshalPKIXPublicKey(public)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintln(c.ErrOrStderr(), "policy key", fingerprint)
+			return pem.Encode(e.out, &pem.Block{Type: "PUBLIC KEY", Bytes: spki})
+		},
+	}
+	with.add(c)
+	return c
+}
+
 func sealSign(e *env) *cobra.Command {
 	var state stateFlags
 	var with signFlags
@@ -315,10 +391,11 @@ the host's PIN, if the host has one, unless --without-pin is given.`,
 			if err != nil {
 				return err
 			}
-			key, err := with.signer(now)
+			key, done, err := with.signer(now)
 			if err != nil {
 				return err
 			}
+			defer done()
 			p := then.Policy(with.comment, time.Now())
 			if version != 0 {
 				p.Version = version
@@ -360,10 +437,11 @@ host's TPM. An agent that has its shares open keeps them until it stops.`,
 			if below <= m.Revoked || below > m.Next {
 				return usageError{fmt.Errorf("--below %d: wants %d to %d for host %q", below, m.Revoked+1, m.Next, m.Host)}
 			}
-			key, err := with.signer(m)
+			key, done, err := with.signer(m)
 			if err != nil {
 				return err
 			}
+			defer done()
 			b, err := (&policy.Revocation{Host: m.Host, Counter: m.Counter, Below: below, Comment: with.comment, Signed: time.Now()}).Sign(key)
 			if err != nil {
 				return err
