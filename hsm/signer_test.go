@@ -234,7 +234,7 @@ func TestAKeysPINIsSentOnce(t *testing.T) {
 	good := k.named("object=policy")
 	s := newSpy(t, good.URI)
 	s.cfg.PINSource = writeFile(t, "pin", "wrong pin", 0o600)
-	for _, reason := range []string{"the token refused the PIN (pkcs11: 0xA0: CKR_PIN_INCORRECT): it was sent once", "enter it by hand once"} {
+	for _, reason := range []string{"the device refused the PIN (pkcs11: 0xA0: CKR_PIN_INCORRECT): it was sent once", "enter it by hand once"} {
 		if err := s.run(t, "key"); err == nil || !strings.Contains(err.Error(), reason) || strings.Contains(err.Error(), "wrong pin") {
 			t.Errorf("got %v, want an error with %q", err, reason)
 		}
