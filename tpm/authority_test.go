@@ -4,6 +4,8 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"slices"
 	"strings"
@@ -30,6 +32,16 @@ func newTeam(t testing.TB) *team {
 		t.Fatal(err)
 	}
 	return &team{PrivateKey: key}
+}
+
+// pem is the public key as a host has it.
+func (m *team) pem(t testing.TB) []byte {
+	t.Helper()
+	spki, err := x509.MarshalPKIXPublicKey(&m.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: spki})
 }
 
 const counterIndex = 0x01800601

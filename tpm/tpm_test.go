@@ -26,8 +26,13 @@ var _ vault.Protector = (*tpm.TPM)(nil)
 var base string
 
 func TestMain(m *testing.M) {
-	if len(os.Args) == 3 && os.Args[1] == relayFlag {
-		os.Exit(relay(os.Args[2]))
+	if len(os.Args) == 3 {
+		switch os.Args[1] {
+		case relayFlag:
+			os.Exit(relay(os.Args[2]))
+		case killFlag:
+			os.Exit(live(os.Args[2]))
+		}
 	}
 	os.Exit(func() int {
 		var err error

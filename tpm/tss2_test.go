@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/ecdsa"
 	"crypto/sha256"
-	"crypto/x509"
 	"encoding/binary"
 	"encoding/pem"
 	"fmt"
@@ -248,11 +247,7 @@ func (x *tools) authorize(m *team, p *policy.Policy) (out string, err error) {
 	if err != nil {
 		x.t.Fatal(err)
 	}
-	spki, err := x509.MarshalPKIXPublicKey(&m.PublicKey)
-	if err != nil {
-		x.t.Fatal(err)
-	}
-	x.write("team.pem", pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: spki}))
+	x.write("team.pem", m.pem(x.t))
 	x.write("approved", approval.Policy)
 	x.write("ref", approval.Ref)
 	x.write("digest", approval.Digest)
