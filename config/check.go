@@ -82,6 +82,9 @@ func (t *TPM) check(r *report, used bool) {
 	if t.PIN != "" {
 		r.pinSource("protector.tpm.pin", t.PIN, used)
 	}
+	if t.EventLog != "" {
+		r.absolute("protector.tpm.event_log", t.EventLog)
+	}
 	r.handle("protector.tpm.srk_handle", t.SRKHandle, 0x81000000, 0x817fffff)
 	r.lasts("protector.tpm.timeout", t.Timeout, time.Second, 10*time.Minute)
 }

@@ -95,6 +95,12 @@ type TPM struct {
 	// attack on the TPM. It cannot be changed once the host was initialised.
 	// Default: none.
 	PIN string `toml:"pin" hidden:"true"`
+	// EventLog is where the kernel gives out what the firmware has measured, which a
+	// measurement for the security team takes along. Empty means none; that the file is
+	// missing is no error. The default is not looked at unless Device is "device:PATH",
+	// since another TPM has other PCRs.
+	// Default: "/sys/kernel/security/tpm0/binary_bios_measurements".
+	EventLog string `toml:"event_log"`
 	// SRKHandle is the persistent handle of the storage root key, 0x81000000 to
 	// 0x817fffff. A key of another kind that is there already is never evicted:
 	// choose another handle. Default: 0x81000001.
@@ -176,6 +182,7 @@ func Default() *Host {
 				PCRs:      []int{0, 2, 4, 7},
 				NVRoot:    0x01800600,
 				NVCounter: 0x01800601,
+				EventLog:  "/sys/kernel/security/tpm0/binary_bios_measurements",
 				SRKHandle: 0x81000001,
 				Timeout:   30 * time.Second,
 			},

@@ -70,7 +70,7 @@ func sealMeasure(e *env) *cobra.Command {
 func sealInstall(e *env) *cobra.Command {
 	return adminVerb(e, &cobra.Command{Use: "install FILE", Short: "Give this host a signed policy, or a signed revocation", Args: args(1, 1)},
 		func(c *cobra.Command, client *api.Client, a []string) error {
-			b, err := readDocument(a[0])
+			b, err := readDocument(a[0], policy.MaxDocument)
 			if err != nil {
 				return err
 			}
@@ -128,7 +128,7 @@ func sealStatus(e *env) *cobra.Command {
 }
 
 // readDocument reads a file of bounded size; "-" is standard input.
-func readDocument(path string) ([]byte, error) {
+func readDocument(path string, size int64) ([]byte, error) {
 	f := os.Stdin
 	if path != "-" {
 		var err error
@@ -137,14 +137,14 @@ func readDocument(path string) ([]byte, error) {
 		}
 		defer f.Close()
 	}
-	return io.ReadAll(io.LimitReader(f, policy.MaxDocument+1))
+	return io.ReadAll(io.LimitReader(f, size+1))
 }
 
 func readMeasurement(path string) (*policy.Measurement, error) {
 	if path == "" {
 		return nil, usageError{errors.New("--measurement FILE is wanted: what `conseal seal measure` prints on the host")}
 	}
-	b, err := readDocument(path)
+	b, err := readDocument(path, policy.MaxMeasurement)
 	if err != nil {
 		return nil, err
 	}
@@ -484,7 +484,7 @@ would open the host's TPM before and after it. Fails if none would afterwards.`,
 			}
 			opens := false
 			for _, file := range files {
-				b, err := readDocument(file)
+				b, err := readDocument(file, policy.MaxDocument)
 				if err != nil {
 					return err
 				}

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -22,6 +23,7 @@ type sealPolicies struct {
 	t    *tpm.TPM // nil until it is open
 	host policy.Host
 	dir  string
+	log  string // where the firmware's event log is; empty for none
 }
 
 // openSealPolicies reads the policy key; nil if the host has none.
@@ -38,7 +40,7 @@ func openSealPolicies(c *config.Host) (*sealPolicies, error) {
 	if err != nil {
 		return nil, fmt.Errorf("protector.tpm.policy_key: %s: %w", t.PolicyKey, err)
 	}
-	return &sealPolicies{host: policy.Host{Name: c.Name, Key: key, Counter: t.NVCounter}, dir: filepath.Join(c.State, "policies")}, nil
+	return &sealPolicies{host: policy.Host{Name: c.Name, Key: key, Counter: t.NVCounter}, dir: filepath.Join(c.State, "policies"), log: eventLog(t)}, nil
 }
 
 // authority is nil for a host without policies.
@@ -100,7 +102,41 @@ func (s *sealPolicies) Measure(ctx context.Context) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	if m.EventLog, err = readEventLog(s.log); err != nil {
+		m.NoEventLog = err.Error()
+	}
 	return m.Encode(), nil
+}
+
+// eventLog is the path of the event log. The kernel's default is of the kernel's TPM.
+func eventLog(t *config.TPM) string {
+	if t.EventLog == config.Default().Protector.TPM.EventLog && !strings.HasPrefix(t.Device, "device:") {
+		return ""
+	}
+	return t.EventLog
+}
+
+// readEventLog does not look into the log: it is the firmware's, and this process holds
+// shares. Who reads the measurement parses it.
+func readEventLog(path string) ([]byte, error) {
+	if path == "" {
+		return nil, errors.New("protector.tpm.event_log names none")
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, policy.MaxEventLog+1))
+	switch {
+	case err != nil:
+		return nil, err
+	case len(b) == 0:
+		return nil, fmt.Errorf("%s is empty", path)
+	case len(b) > policy.MaxEventLog:
+		return nil, fmt.Errorf("%s has more than %d bytes", path, policy.MaxEventLog)
+	}
+	return b, nil
 }
 
 // Policies says what is installed and what the TPM makes of it.

@@ -1,10 +1,16 @@
 package policy
 
 import (
+	"bytes"
+	"compress/gzip"
+	"encoding/base64"
+	"errors"
 	"fmt"
+	"io"
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/pelletier/go-toml/v2"
 )
@@ -21,9 +27,27 @@ type Measurement struct {
 	Selected []int // the PCRs that the host is configured to be judged by
 	PIN      bool  // the host has a PIN, which policies may want
 	PCRs     State // all of the SHA-256 bank
+
+	// EventLog is the firmware's log of what it measured, as the kernel gives it out
+	// (TCG PC Client Platform Firmware Profile, section 10); package eventlog reads it.
+	// If it is empty, NoEventLog says why.
+	EventLog   []byte
+	NoEventLog string
 }
 
-const kindMeasurement = "conseal seal measurement 1"
+const (
+	// MaxEventLog bounds an event log, in bytes.
+	MaxEventLog = 1 << 20
+	// MaxMeasurement bounds a measurement's document, in bytes.
+	MaxMeasurement = MaxDocument + MaxEventLog/2
+
+	maxMissing = 600
+)
+
+const (
+	kindMeasurement1 = "conseal seal measurement 1" // has no event log
+	kindMeasurement  = "conseal seal measurement 2"
+)
 
 // Encode writes the measurement as a file that people read.
 func (m *Measurement) Encode() []byte {
@@ -35,7 +59,53 @@ func (m *Measurement) Encode() []byte {
 	writePIN(&b, m.PIN)
 	b.WriteString("\n[pcrs] # SHA-256 bank\n")
 	writeState(&b, m.PCRs)
+	packed, missing := packLog(m.EventLog), m.NoEventLog[:min(len(m.NoEventLog), maxMissing/3)]
+	if len(packed) > MaxMeasurement-MaxDocument {
+		packed, missing = nil, fmt.Sprintf("the event log has %d bytes, and %d when packed: too many", len(m.EventLog), len(packed))
+	}
+	fmt.Fprintf(&b, "\n[event_log] # of the firmware; `conseal seal explain` shows it\nmissing = %q\npacked = \"\"\"\n%s\"\"\"\n", strings.Map(orDot, missing), packed)
 	return []byte(b.String())
+}
+
+func orDot(r rune) rune {
+	if !unicode.IsPrint(r) {
+		return '.'
+	}
+	return r
+}
+
+const lineLen = 120
+
+// packLog is gzip in lines of base64; empty for no log.
+func packLog(raw []byte) []byte {
+	if len(raw) == 0 {
+		return nil
+	}
+	var packed, lines bytes.Buffer
+	z, _ := gzip.NewWriterLevel(&packed, gzip.BestCompression)
+	z.Write(raw) // to memory: no errors
+	z.Close()
+	text := base64.StdEncoding.EncodeToString(packed.Bytes())
+	for ; len(text) > lineLen; text = text[lineLen:] {
+		lines.WriteString(text[:lineLen] + "\n")
+	}
+	lines.WriteString(text + "\n")
+	return lines.Bytes()
+}
+
+func unpackLog(text string) ([]byte, error) {
+	if text == "" {
+		return nil, nil
+	}
+	z, err := gzip.NewReader(base64.NewDecoder(base64.StdEncoding, strings.NewReader(text)))
+	if err != nil {
+		return nil, err
+	}
+	raw, err := io.ReadAll(io.LimitReader(z, MaxEventLog+1))
+	if err == nil && len(raw) > MaxEventLog {
+		err = fmt.Errorf("more than %d bytes", MaxEventLog)
+	}
+	return raw, err
 }
 
 // ParseMeasurement reads what Encode wrote.
@@ -51,11 +121,15 @@ func ParseMeasurement(b []byte) (*Measurement, error) {
 		Selected []int             `toml:"selected"`
 		PIN      bool              `toml:"pin"`
 		PCRs     map[string]string `toml:"pcrs"`
+		EventLog *struct {
+			Missing string `toml:"missing"`
+			Packed  string `toml:"packed"`
+		} `toml:"event_log"`
 	}
-	if len(b) > MaxDocument {
+	if len(b) > MaxMeasurement {
 		return nil, fmt.Errorf("%d bytes are no measurement", len(b))
 	}
-	if err := decode(b, &f, kindMeasurement); err != nil {
+	if err := decode(b, &f, kindMeasurement1, kindMeasurement); err != nil {
 		return nil, fmt.Errorf("not a measurement of `conseal seal measure`: %w", err)
 	}
 	counter, err := strconv.ParseUint(f.Counter, 0, 32)
@@ -70,7 +144,19 @@ func ParseMeasurement(b []byte) (*Measurement, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &Measurement{f.Host, uint32(counter), f.Revoked, f.Next, f.Key, taken, f.Selected, f.PIN, pcrs}
+	m := &Measurement{Host: f.Host, Counter: uint32(counter), Revoked: f.Revoked, Next: f.Next, Key: f.Key, Taken: taken, Selected: f.Selected, PIN: f.PIN, PCRs: pcrs}
+	if (f.EventLog == nil) != (f.Kind == kindMeasurement1) {
+		return nil, fmt.Errorf("a %s has an event_log table from version 2 on, and only then", f.Kind)
+	}
+	if m.NoEventLog = "the measurement is of an agent that sent none"; f.EventLog != nil {
+		m.NoEventLog = f.EventLog.Missing
+		if m.EventLog, err = unpackLog(f.EventLog.Packed); err != nil {
+			return nil, fmt.Errorf("event_log: %w", err)
+		}
+		if len(m.NoEventLog) > maxMissing || strings.Map(orDot, m.NoEventLog) != m.NoEventLog {
+			return nil, errors.New("event_log: its `missing` is too long, or has what cannot be printed")
+		}
+	}
 	for _, i := range m.Selected {
 		if pcrs[i] == nil {
 			return nil, fmt.Errorf("PCR %d is selected and has no value", i)
