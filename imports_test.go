@@ -44,7 +44,7 @@ var allowed = map[string][]string{
 	"agent/epoch":                  {"agent/vault", "protocol"},
 	"agent":                        {"internal/...", "protocol/...", "config", "agent/..."},
 	"cmd/conseald":                 {"agent", "agent/api/apipb", "agent/vault", "config", "hsm", "internal/disk", "tpm", "tpm/policy"},
-	"cmd/conseal":                  {"agent/api/...", "config", "hsm", "protocol/...", "tpm/policy"},
+	"cmd/conseal":                  {"agent/api/...", "config", "hsm", "protocol/...", "tpm/eventlog", "tpm/policy"},
 	"testenv":                      {"internal/...", "protocol/...", "config", "agent/...", "tpm", "hsm"},
 	"testenv/bench":                {"testenv", "protocol/...", "agent/api", "internal/secret", "tpm/..."},
 	"testenv/story":                {"testenv"},

@@ -142,6 +142,10 @@ func (h *Host) ConfigFile() string { return filepath.Join(h.Dir, "conseal.toml")
 func (h *Host) SignSocket() string  { return filepath.Join(h.Dir, "sign.sock") }
 func (h *Host) AdminSocket() string { return filepath.Join(h.Dir, "admin.sock") }
 
+// EventLogFile is where the agent looks for the event log of the firmware; it is not
+// there unless somebody puts it there.
+func (h *Host) EventLogFile() string { return filepath.Join(h.Dir, "event_log") }
+
 // PolicyFile is the seal policy with which the host was initialised, if there is a Team.
 func (h *Host) PolicyFile() string { return filepath.Join(h.Dir, "policy.toml") }
 
@@ -155,7 +159,7 @@ func (f *Fleet) RosterFile() string { return filepath.Join(f.Dir, "roster.toml")
 func (h *Host) WriteConfig() error {
 	protector := fmt.Sprintf("[protector]\nkind = \"tpm\"\n[protector.tpm]\ndevice = %q\n", "")
 	if h.fleet.Team.Key != "" {
-		protector += fmt.Sprintf("policy_key = %q\n", h.fleet.Team.Public)
+		protector += fmt.Sprintf("policy_key = %q\nevent_log = %q\n", h.fleet.Team.Public, h.EventLogFile())
 	}
 	if h.Protector == "hsm" {
 		protector = fmt.Sprintf("[protector]\nkind = \"hsm\"\n[protector.hsm]\nuri = %q\nmodules = [%q]\n", h.Token.URI, h.Token.Module)

@@ -33,6 +33,7 @@ import (
 //	down [HOST...]         stop agents in order, all unless named
 //	crash HOST...          end agents as a power cut would
 //	measure HOST N TEXT    have a host measure something into PCR N, as a changed boot would
+//	boot HOST LOG [PCR=X]...  reboot a host that is down with the event log of a real machine (testenv/eventlogs), with another version of what X names in PCR
 //	reboot HOST...         restart the TPMs of hosts that are down: their PCRs are as at first
 //	image HOST NAME        keep a copy of a stopped host's disk, that is of its state folder
 //	putback HOST NAME      put such a copy in the place of the host's disk
@@ -57,7 +58,7 @@ func Stories(ctx context.Context, bin Binaries, dir string, live io.Writer) (p t
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"say": s.say, "token": s.token, "team": s.team, "fleet": s.fleet, "measure": s.measure, "reboot": s.reboot,
+			"say": s.say, "token": s.token, "team": s.team, "fleet": s.fleet, "measure": s.measure, "boot": s.boot, "reboot": s.reboot,
 			"image": s.image, "putback": s.putback, "key": s.key, "up": s.up, "down": s.down,
 			"crash": s.crash, "ready": s.ready, "on": s.on, "run": s.run, "end": s.end,
 		},
@@ -119,6 +120,7 @@ func (s *storyteller) fleet(ts *testscript.TestScript, neg bool, kinds []string)
 		for _, h := range st.fleet.Hosts {
 			ts.Setenv(strings.ToUpper(h.Name)+"_CONFIG", h.ConfigFile())
 			ts.Setenv(strings.ToUpper(h.Name)+"_POLICY", h.PolicyFile())
+			ts.Setenv(strings.ToUpper(h.Name)+"_EVENT_LOG", h.EventLogFile())
 			s.tell("   %s: %s, identity %.23s...", h.Name, map[string]string{"tpm": "swtpm", "hsm": "SoftHSM"}[h.Protector], h.Identity)
 		}
 		ts.Setenv("ROSTER", st.fleet.RosterFile())
@@ -181,6 +183,32 @@ func (s *storyteller) measure(ts *testscript.TestScript, neg bool, args []string
 		}
 		s.tell("   %s measures %q into PCR %d", args[0], args[2], pcr)
 		return hosts[0].Tap.Extend(pcr, args[2])
+	})
+}
+
+func (s *storyteller) boot(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) < 2 {
+		ts.Fatalf("usage, after fleet: boot HOST LOG [PCR=X]...")
+	}
+	s.reboot(ts, neg, args[:1])
+	s.step(ts, neg, func(_ context.Context, st *story) error {
+		log, err := FirmwareLog(args[1])
+		if err != nil {
+			return err
+		}
+		for _, arg := range args[2:] {
+			pcr, text, _ := strings.Cut(arg, "=")
+			n, err := strconv.ParseUint(pcr, 10, 32)
+			if err == nil {
+				err = log.Replace(uint32(n), text)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		h := st.fleet.Host(args[0])
+		s.tell("   its firmware measures what that of %s has%s", args[1], strings.Join(append([]string{""}, args[2:]...), ", other "))
+		return errors.Join(h.Tap.Boot(log), os.WriteFile(h.EventLogFile(), log.Encode(), 0o600))
 	})
 }
 

@@ -112,9 +112,13 @@ func (t *TPM) Extend(pcr int, data string) error {
 
 func extend(c sender, pcr int, data string) error {
 	digest := sha256.Sum256([]byte(data))
+	return extendDigest(c, pcr, digest[:])
+}
+
+func extendDigest(c sender, pcr int, digest []byte) error {
 	_, err := tpm2.PCRExtend{
 		PCRHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(pcr), Auth: tpm2.PasswordAuth(nil)},
-		Digests:   tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{{HashAlg: tpm2.TPMAlgSHA256, Digest: digest[:]}}},
+		Digests:   tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{{HashAlg: tpm2.TPMAlgSHA256, Digest: digest}}},
 	}.Execute(c)
 	if err != nil {
 		return fmt.Errorf("extending PCR %d: %w", pcr, err)

@@ -128,6 +128,19 @@ func (p *Tap) Connect(other *TPM) {
 // Extend is [TPM.Extend] while clients are connected.
 func (p *Tap) Extend(pcr int, data string) error { return extend(p, pcr, data) }
 
+// Boot extends the TPM's PCRs as a boot with this event log would.
+func (p *Tap) Boot(log *EventLog) error {
+	for _, e := range log.Events {
+		if e.Type == EventNoAction {
+			continue
+		}
+		if err := extendDigest(p, int(e.PCR), e.SHA256); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Send carries one command to the TPM between those of the clients.
 func (p *Tap) Send(cmd []byte) ([]byte, error) {
 	p.line.Lock()

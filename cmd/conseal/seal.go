@@ -34,10 +34,10 @@ func sealCommand(e *env) *cobra.Command {
 		Long: `Seal policies: in which measured states a host's TPM opens its shares.
 
 On the host, over the admin socket: measure, status, install. At the security
-team, on files: key, plan, sign, revoke. Files travel between them in the open: what
+team, on files: explain, key, plan, sign, revoke. Files travel between them in the open: what
 the team signs is signed, and what a host measures proves nothing by itself.`,
 	})
-	c.AddCommand(sealMeasure(e), sealStatus(e), sealInstall(e), sealKey(e), sealPlan(e), sealSign(e), sealRevoke(e))
+	c.AddCommand(sealMeasure(e), sealStatus(e), sealInstall(e), sealExplain(e), sealKey(e), sealPlan(e), sealSign(e), sealRevoke(e))
 	return c
 }
 
@@ -56,15 +56,39 @@ func adminVerb(e *env, c *cobra.Command, run func(*cobra.Command, *api.Client, [
 }
 
 func sealMeasure(e *env) *cobra.Command {
-	return adminVerb(e, &cobra.Command{Use: "measure", Short: "Print this host's measured state, a file for the security team", Args: args(0, 0)},
-		func(c *cobra.Command, client *api.Client, _ []string) error {
-			b, err := client.Measure(c.Context())
-			if err != nil {
-				return err
-			}
-			_, err = e.out.Write(b)
+	var output string
+	c := adminVerb(e, &cobra.Command{
+		Use:   "measure",
+		Short: "Write this host's measured state to a file for the security team, and say in words what it is",
+		Long: `Write this host's measured state, with the event log of its firmware, for the
+security team, and say in words what was measured, as "conseal seal explain" does.
+The file goes to --output and the words to standard output; without --output, the
+file goes to standard output and the words to standard error.`,
+		Args: args(0, 0),
+	}, func(c *cobra.Command, client *api.Client, _ []string) error {
+		b, err := client.Measure(c.Context())
+		if err != nil {
 			return err
-		})
+		}
+		m, err := policy.ParseMeasurement(b)
+		if err != nil {
+			return err
+		}
+		if err := e.writeDocument(output, b); err != nil {
+			return err
+		}
+		return explain(e.words(c, output), m)
+	})
+	c.Flags().StringVar(&output, "output", "", "write to this file, else to standard output")
+	return c
+}
+
+// words is where to say something to people beside a document that goes to output.
+func (e *env) words(c *cobra.Command, output string) io.Writer {
+	if output != "" {
+		return e.out
+	}
+	return c.ErrOrStderr()
 }
 
 func sealInstall(e *env) *cobra.Command {
@@ -187,6 +211,7 @@ func (s *stateFlags) read() (now *policy.Measurement, then policy.Measurement, e
 				return nil, then, fmt.Errorf("%s has no PCR %d", s.like, i)
 			}
 		}
+		then.EventLog, then.NoEventLog = other.EventLog, other.NoEventLog
 	}
 	for _, set := range s.set {
 		name, value, _ := strings.Cut(set, "=")
@@ -382,13 +407,18 @@ func sealSign(e *env) *cobra.Command {
 		Use:   "sign",
 		Short: "Sign a policy for a host's measured state",
 		Long: `Sign a policy for the state in --measurement, over the PCRs that the host selects,
-or for a state that it will be in (--like, --pcr). The policies that it has stay valid
-until they are revoked, so that an update can be allowed before it is made. It wants
-the host's PIN, if the host has one, unless --without-pin is given.`,
+or for a state that it will be in (--like, --pcr). By the event logs in the
+measurements it says which events differ, and what they do not account for. The
+policies that the host has stay valid until they are revoked, so that an update can
+be allowed before it is made. It wants the host's PIN, if the host has one, unless
+--without-pin is given.`,
 		Args: args(0, 0),
-		RunE: func(*cobra.Command, []string) error {
+		RunE: func(c *cobra.Command, _ []string) error {
 			now, then, err := state.read()
 			if err != nil {
+				return err
+			}
+			if err := explainChange(e.words(c, with.output), now, &then); err != nil {
 				return err
 			}
 			key, done, err := with.signer(now)
@@ -461,8 +491,9 @@ func sealPlan(e *env) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "plan POLICY...",
 		Short: "Say what a change of the host's state would do to the policies it has",
-		Long: `Say which PCRs a change would change (--like, --pcr), and which of the policies
-would open the host's TPM before and after it. Fails if none would afterwards.`,
+		Long: `Say which PCRs a change would change (--like, --pcr), by which events if the
+measurements have event logs, and which of the policies would open the host's TPM
+before and after it. Fails if none would afterwards.`,
 		Args: args(0, 1000),
 		RunE: func(_ *cobra.Command, files []string) error {
 			now, then, err := state.read()
@@ -481,6 +512,9 @@ would open the host's TPM before and after it. Fails if none would afterwards.`,
 				if !bytes.Equal(now.PCRs[i], then.PCRs[i]) {
 					fmt.Fprintf(e.out, "PCR %d (%s) would change from %.4x… to %.4x…\n", i, policy.PCRWords(i), now.PCRs[i], then.PCRs[i])
 				}
+			}
+			if err := explainChange(e.out, now, &then); err != nil {
+				return err
 			}
 			opens := false
 			for _, file := range files {
