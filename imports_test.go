@@ -24,6 +24,7 @@ var allowed = map[string][]string{
 	"internal/pin":                 {"internal/disk", "internal/secret"},
 	"tpm":                          {"internal/pin", "internal/secret", "tpm/attest", "tpm/policy"},
 	"tpm/attest":                   {"tpm/policy"},
+	"tpm/attest/boot":              {"tpm/attest", "tpm/eventlog"},
 	"tpm/eventlog":                 {"tpm/policy"},
 	"tpm/policy":                   {},
 	"hsm":                          {"internal/disk", "internal/pin", "internal/secret"},
@@ -62,7 +63,8 @@ var onlyIn = map[string][]string{
 	"github.com/foxboron/go-tpm-keyfiles": {"tpm"},
 
 	// They parse what firmware and boot loaders write: kept out of the agent.
-	"github.com/google/go-eventlog/...": {"tpm/eventlog"},
+	"github.com/google/go-eventlog/...":  {"tpm/eventlog"},
+	"github.com/google/go-tpm-tools/...": {"tpm/attest/boot"},
 
 	"github.com/luxfi/threshold/...":                   {"protocol/guard", "protocol/cmp", "protocol/taproot"},
 	"github.com/luxfi/threshold/pkg/pool":              {},
