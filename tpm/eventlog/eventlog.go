@@ -185,17 +185,24 @@ func Diff(was, is *PCR) []string {
 		return []string{"the same events in another order"}
 	}
 	var lines []string
+	paired := map[string]int{} // by subject
+	now := map[string][]Event{}
+	for _, e := range come {
+		now[e.Subject] = append(now[e.Subject], e)
+	}
 	for _, old := range gone {
-		i := slices.IndexFunc(come, func(e Event) bool { return e.Subject == old.Subject })
-		if i < 0 {
-			lines = append(lines, "no more: "+old.String())
+		if same := now[old.Subject]; len(same) > 0 {
+			lines = append(lines, changed(old, same[0]))
+			now[old.Subject] = same[1:]
+			paired[old.Subject]++
 			continue
 		}
-		lines = append(lines, changed(old, come[i]))
-		come = slices.Delete(come, i, i+1)
+		lines = append(lines, "no more: "+old.String())
 	}
 	for _, e := range come {
-		lines = append(lines, "new: "+e.String())
+		if paired[e.Subject]--; paired[e.Subject] < 0 {
+			lines = append(lines, "new: "+e.String())
+		}
 	}
 	return lines
 }
