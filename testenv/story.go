@@ -120,6 +120,7 @@ func (s *storyteller) fleet(ts *testscript.TestScript, neg bool, kinds []string)
 		for _, h := range st.fleet.Hosts {
 			ts.Setenv(strings.ToUpper(h.Name)+"_CONFIG", h.ConfigFile())
 			ts.Setenv(strings.ToUpper(h.Name)+"_POLICY", h.PolicyFile())
+			ts.Setenv(strings.ToUpper(h.Name)+"_STATE", h.State())
 			ts.Setenv(strings.ToUpper(h.Name)+"_EVENT_LOG", h.EventLogFile())
 			s.tell("   %s: %s, identity %.23s...", h.Name, map[string]string{"tpm": "swtpm", "hsm": "SoftHSM"}[h.Protector], h.Identity)
 		}

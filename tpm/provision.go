@@ -157,7 +157,7 @@ func (x *tx) provideRoot() (made bool, err error) {
 		return true, x.defineRoot()
 	}
 	if _, err := x.rootName(); err != nil {
-		if known {
+		if known || x.authority != nil && len(x.cfg.SRKName) > 0 {
 			return false, err
 		}
 		return false, fmt.Errorf("NV index %#x is in use, by something else or by a root made in another measured state: "+
