@@ -85,6 +85,13 @@ func (t *TPM) check(r *report, used bool) {
 	if t.EventLog != "" {
 		r.absolute("protector.tpm.event_log", t.EventLog)
 	}
+	r.handle("protector.tpm.nv_receipts", t.NVReceipts, 0x01800000, 0x01bfffff)
+	switch t.NVReceipts {
+	case t.NVRoot:
+		r.add("protector.tpm.nv_receipts", "is nv_root too: they need an index each")
+	case t.NVCounter:
+		r.add("protector.tpm.nv_receipts", "is nv_counter too: they need an index each")
+	}
 	r.handle("protector.tpm.srk_handle", t.SRKHandle, 0x81000000, 0x817fffff)
 	r.lasts("protector.tpm.timeout", t.Timeout, time.Second, 10*time.Minute)
 }

@@ -89,6 +89,10 @@ type TPM struct {
 	// NVCounter is the NV index of the counter that revokes seal policies, as NVRoot.
 	// Default: 0x01800601.
 	NVCounter uint32 `toml:"nv_counter"`
+	// NVReceipts is the NV index of the counter by which the TPM certifies what the
+	// host did and in which order, as NVRoot. If it is changed, run conseald init
+	// again. Default: 0x01800602.
+	NVReceipts uint32 `toml:"nv_receipts"`
 	// PIN says where the host's PIN is, of 6 to 32 bytes, and never what it is, in the
 	// forms of an HSM's. The host's shares then open with it only, or by a signed seal
 	// policy that does not want it. A wrong one is sent once, and counts as a dictionary
@@ -178,13 +182,14 @@ func Default() *Host {
 		Protector: Protector{
 			Kind: "tpm",
 			TPM: TPM{
-				Device:    "device:/dev/tpmrm0",
-				PCRs:      []int{0, 2, 4, 7},
-				NVRoot:    0x01800600,
-				NVCounter: 0x01800601,
-				EventLog:  "/sys/kernel/security/tpm0/binary_bios_measurements",
-				SRKHandle: 0x81000001,
-				Timeout:   30 * time.Second,
+				Device:     "device:/dev/tpmrm0",
+				PCRs:       []int{0, 2, 4, 7},
+				NVRoot:     0x01800600,
+				NVCounter:  0x01800601,
+				NVReceipts: 0x01800602,
+				EventLog:   "/sys/kernel/security/tpm0/binary_bios_measurements",
+				SRKHandle:  0x81000001,
+				Timeout:    30 * time.Second,
 			},
 			HSM: HSM{Modules: []string{}, MaxSessions: 8},
 		},

@@ -74,7 +74,7 @@ func TestLoadEveryKey(t *testing.T) {
 		Listen: config.Listen{Address: "[::1]:1", SignSocket: "/s", SignSocketGroup: "root", AdminSocket: "/a"},
 		Protector: config.Protector{
 			Kind: "hsm",
-			TPM:  config.TPM{Device: "tcp:localhost:2321", PCRs: []int{7}, NVRoot: 0x01800601, PolicyKey: "/etc/policy.pem", NVCounter: 0x01800602, PIN: "cred:tpm", EventLog: "/log", SRKHandle: 0x81000002, Timeout: time.Second},
+			TPM:  config.TPM{Device: "tcp:localhost:2321", PCRs: []int{7}, NVRoot: 0x01800601, PolicyKey: "/etc/policy.pem", NVCounter: 0x01800602, NVReceipts: 0x01800603, PIN: "cred:tpm", EventLog: "/log", SRKHandle: 0x81000002, Timeout: time.Second},
 			HSM:  config.HSM{URI: "pkcs11:token=a%20b?module-path=/m", PIN: "file:" + pin, Modules: []string{"/l", "/m"}, MaxSessions: 2},
 		},
 		Limits: config.Limits{Message: 1, SignDeadline: time.Second, KeygenDeadline: time.Hour, SessionsPerPeer: 2, PeerRate: 3, CallerRate: 4, Presignatures: 5},
@@ -99,6 +99,7 @@ pcrs = [7]
 nv_root = 0x01800601
 policy_key = "/etc/policy.pem"
 nv_counter = 0x01800602
+nv_receipts = 0x01800603
 pin = "cred:tpm"
 event_log = "/log"
 srk_handle = 0x81000002
@@ -129,7 +130,8 @@ func TestEnvironment(t *testing.T) {
 		"CONSEAL_LISTEN_ADDRESS": ":7", "CONSEAL_LISTEN_SIGN_SOCKET": "/sign", "CONSEAL_LISTEN_ADMIN_SOCKET": "/admin",
 		"CONSEAL_LISTEN_SIGN_SOCKET_GROUP": "", "CONSEAL_PROTECTOR_KIND": "hsm", "CONSEAL_PROTECTOR_TPM_DEVICE": "unix:/t",
 		"CONSEAL_PROTECTOR_TPM_PCRS": "0, 7", "CONSEAL_PROTECTOR_TPM_NV_ROOT": "0x01800700", "CONSEAL_PROTECTOR_TPM_POLICY_KEY": "/k", "CONSEAL_PROTECTOR_TPM_NV_COUNTER": "0x01800701", "CONSEAL_PROTECTOR_TPM_PIN": "fd:7", "CONSEAL_PROTECTOR_TPM_EVENT_LOG": "",
-		"CONSEAL_PROTECTOR_TPM_SRK_HANDLE": "0x81000005", "CONSEAL_PROTECTOR_TPM_TIMEOUT": "2s",
+		"CONSEAL_PROTECTOR_TPM_NV_RECEIPTS": "0x01800702",
+		"CONSEAL_PROTECTOR_TPM_SRK_HANDLE":  "0x81000005", "CONSEAL_PROTECTOR_TPM_TIMEOUT": "2s",
 		"CONSEAL_PROTECTOR_HSM_URI": "pkcs11:serial=1?module-path=/x&pin-source=file:" + pin, "CONSEAL_PROTECTOR_HSM_PIN": "",
 		"CONSEAL_PROTECTOR_HSM_MODULES": "/x", "CONSEAL_PROTECTOR_HSM_MAX_SESSIONS": "3",
 		"CONSEAL_LIMITS_MESSAGE": "10", "CONSEAL_LIMITS_SIGN_DEADLINE": "3s", "CONSEAL_LIMITS_KEYGEN_DEADLINE": "4s",
@@ -149,7 +151,7 @@ func TestEnvironment(t *testing.T) {
 		Listen: config.Listen{Address: ":7", SignSocket: "/sign", AdminSocket: "/admin"},
 		Protector: config.Protector{
 			Kind: "hsm",
-			TPM:  config.TPM{Device: "unix:/t", PCRs: []int{0, 7}, NVRoot: 0x01800700, PolicyKey: "/k", NVCounter: 0x01800701, PIN: "fd:7", SRKHandle: 0x81000005, Timeout: 2 * time.Second},
+			TPM:  config.TPM{Device: "unix:/t", PCRs: []int{0, 7}, NVRoot: 0x01800700, PolicyKey: "/k", NVCounter: 0x01800701, NVReceipts: 0x01800702, PIN: "fd:7", SRKHandle: 0x81000005, Timeout: 2 * time.Second},
 			HSM:  config.HSM{URI: "pkcs11:serial=1?module-path=/x&pin-source=file:" + pin, Modules: []string{"/x"}, MaxSessions: 3},
 		},
 		Limits: config.Limits{Message: 10, SignDeadline: 3 * time.Second, KeygenDeadline: 4 * time.Second, SessionsPerPeer: 5, PeerRate: 6, CallerRate: 7, Presignatures: 4},
@@ -246,6 +248,9 @@ func TestLoadRefused(t *testing.T) {
 		{"name = 'a'\nprotector.tpm.pcrs = 7", `FILE:2: protector.tpm.pcrs: 7: wants a list of numbers: [1, 2]`},
 		{"name = 'a'\nprotector.tpm.nv_root = 0x01c00002", `FILE:2: protector.tpm.nv_root: 0x01c00002: wants 0x01800000 to 0x01bfffff`},
 		{"name = 'a'\nprotector.tpm.nv_counter = 0x01800600", `FILE:2: protector.tpm.nv_counter: is nv_root too: they need an index each`},
+		{"name = 'a'\nprotector.tpm.nv_receipts = 0x01c00002", `FILE:2: protector.tpm.nv_receipts: 0x01c00002: wants 0x01800000 to 0x01bfffff`},
+		{"name = 'a'\nprotector.tpm.nv_receipts = 0x01800600", `FILE:2: protector.tpm.nv_receipts: is nv_root too: they need an index each`},
+		{"name = 'a'\nprotector.tpm.nv_receipts = 0x01800601", `FILE:2: protector.tpm.nv_receipts: is nv_counter too: they need an index each`},
 		{"name = 'a'\nprotector.tpm.policy_key = 'key.pem'", `FILE:2: protector.tpm.policy_key: "key.pem": wants a path that begins with /`},
 		{"name = 'a'\nprotector.tpm.event_log = 'log'", `FILE:2: protector.tpm.event_log: "log": wants a path that begins with /`},
 		{"name = 'a'\nprotector.tpm.srk_handle = 1", `FILE:2: protector.tpm.srk_handle: 0x00000001: wants 0x81000000 to 0x817fffff`},
@@ -334,7 +339,7 @@ func TestModes(t *testing.T) {
 		{"PIN that others can read", func(t *testing.T) (string, string) {
 			pin := file(t, "1234", 0o640)
 			return file(t, full(pin), 0o644), pin
-		}, "FILE:20: protector.hsm.pin: other users may read or write BLAME (mode 0640): chmod 0600 BLAME"},
+		}, "FILE:21: protector.hsm.pin: other users may read or write BLAME (mode 0640): chmod 0600 BLAME"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {

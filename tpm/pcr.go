@@ -69,24 +69,7 @@ type fixed struct {
 	pin   bool
 }
 
-func (f fixed) authPolicy() ([]byte, error) {
-	if len(f.state) == 0 {
-		return nil, errors.New("tpm: a policy without PCRs")
-	}
-	calc, err := tpm2.NewPolicyCalculator(tpm2.TPMAlgSHA256)
-	if err != nil {
-		return nil, err
-	}
-	if err := f.state.Command(0).Update(calc); err != nil {
-		return nil, err
-	}
-	if f.pin {
-		if err := (tpm2.PolicyAuthValue{}).Update(calc); err != nil {
-			return nil, err
-		}
-	}
-	return calc.Hash().Digest, nil
-}
+func (f fixed) authPolicy() ([]byte, error) { return f.state.AuthPolicy(f.pin) }
 
 func (f fixed) prepare(x *tx) (*way, error) {
 	return &way{f.pin, func(session tpm2.TPMHandle) error {

@@ -20,7 +20,7 @@ type Provisioned struct {
 
 // Provision makes what a host needs in its TPM, or finds it there: the storage
 // root key at a persistent handle, the NV index of the root under the present
-// values of the PCRs, and the identity key. Run again, also after a crash, it
+// values of the PCRs, the counter of receipts, and the identity key. Run again, also after a crash, it
 // makes what is missing. It evicts, undefines and resets nothing, and leaves
 // passwords and dictionary attack parameters alone.
 //
@@ -75,6 +75,11 @@ func (x *tx) provision(p *Provisioned) error {
 		p.PCRWanted = x.wanted
 		note(made, "NV index %#x for the root, under PCRs %v", p.NVRoot, x.cfg.PCRs)
 	}
+
+	if made, err = x.provideReceipts(); err != nil {
+		return err
+	}
+	note(made, "NV counter %#x of receipts", x.cfg.NVReceipts)
 
 	p.Identity = bytes.Clone(x.cfg.Identity)
 	if len(p.Identity) == 0 {
@@ -171,15 +176,19 @@ func (x *tx) defineRoot() error {
 	if err != nil {
 		return err
 	}
-	err = x.withPIN(func(auth []byte) error {
+	if err := x.define(public); err != nil {
+		return fmt.Errorf("defining NV index %#x: %w", x.cfg.NVRoot, err)
+	}
+	_, err = x.rootName()
+	return err
+}
+
+// define makes an NV index with the host's PIN, if it has one.
+func (x *tx) define(public tpm2.TPMSNVPublic) error {
+	return x.withPIN(func(auth []byte) error {
 		_, err := run(x, tpm2.NVDefineSpace{
 			AuthHandle: tpm2.TPMRHOwner, Auth: tpm2.TPM2BAuth{Buffer: auth}, PublicInfo: tpm2.New2B(public),
 		}, x.srk.encryptIn())
 		return err
 	})
-	if err != nil {
-		return fmt.Errorf("defining NV index %#x: %w", x.cfg.NVRoot, err)
-	}
-	_, err = x.rootName()
-	return err
 }

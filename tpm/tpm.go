@@ -34,6 +34,8 @@ const (
 	// DefaultNVRoot is the NV index of the root, in the owner's range: TCG
 	// Registry of Reserved TPM 2.0 Handles and Localities.
 	DefaultNVRoot = 0x01800600
+	// DefaultNVReceipts is the NV index of the counter of receipts, also there.
+	DefaultNVReceipts = 0x01800602
 	// DefaultSRKHandle keeps the SRK if [StandardSRKHandle] has another's key.
 	DefaultSRKHandle = 0x81000600
 	// StandardSRKHandle is where the storage root key is kept by convention: TCG
@@ -42,7 +44,7 @@ const (
 )
 
 // Config says which TPM and what of it is ours. Two agents can share a TPM if
-// their NVRoot differs.
+// their NV indices differ.
 type Config struct {
 	// Device is "device:/dev/tpmrm0" (the kernel's resource manager), or
 	// "unix:PATH" or "tcp:HOST:PORT" for a TPM that nobody else uses meanwhile
@@ -55,6 +57,8 @@ type Config struct {
 	PCRs []int
 	// NVRoot is the NV index of the root; zero is [DefaultNVRoot].
 	NVRoot uint32
+	// NVReceipts is the NV index of the counter of receipts; zero is [DefaultNVReceipts].
+	NVReceipts uint32
 	// SRKHandle is the persistent handle for the SRK if the standard one has
 	// another's key, which is never evicted; zero is [DefaultSRKHandle].
 	SRKHandle uint32
@@ -132,11 +136,15 @@ func newTPM(cfg Config) (*TPM, error) {
 	}
 	cfg.Timeout = cmp.Or(cfg.Timeout, DefaultTimeout)
 	cfg.NVRoot = cmp.Or(cfg.NVRoot, DefaultNVRoot)
+	cfg.NVReceipts = cmp.Or(cfg.NVReceipts, DefaultNVReceipts)
 	cfg.SRKHandle = cmp.Or(cfg.SRKHandle, DefaultSRKHandle)
 	cfg.SRKName = bytes.Clone(cfg.SRKName)
 	cfg.PCRs = slices.Clone(cfg.PCRs)
 	slices.Sort(cfg.PCRs)
 	if err := checkPCRs(cfg.PCRs); err != nil {
+		return nil, err
+	}
+	if err := cfg.checkIndices(); err != nil {
 		return nil, err
 	}
 	wanted, err := parseWanted(cfg.PCRWanted, cfg.PCRs)
@@ -145,8 +153,6 @@ func newTPM(cfg Config) (*TPM, error) {
 		return nil, err
 	case cfg.Timeout < 0:
 		return nil, fmt.Errorf("tpm: time-out %v is negative", cfg.Timeout)
-	case cfg.NVRoot>>24 != uint32(tpm2.TPMHTNVIndex):
-		return nil, fmt.Errorf("tpm: %#x is not an NV index: those are 0x01000000 to 0x01ffffff", cfg.NVRoot)
 	case cfg.SRKHandle < 0x81000000 || cfg.SRKHandle > 0x817fffff:
 		return nil, fmt.Errorf("tpm: %#x is not a persistent handle of the owner: those are 0x81000000 to 0x817fffff", cfg.SRKHandle)
 	}

@@ -242,6 +242,8 @@ func TestConfigRefusals(t *testing.T) {
 		"unknown address": func(c *tpm.Config) { c.Device = "usb:1" },
 		"raw device":      func(c *tpm.Config) { c.Device = "device:/dev/tpm0" },
 		"NV handle":       func(c *tpm.Config) { c.NVRoot = 0x81000001 },
+		"receipts":        func(c *tpm.Config) { c.NVReceipts = 0x81000002 },
+		"index twice":     func(c *tpm.Config) { c.NVReceipts = tpm.DefaultNVRoot },
 		"SRK handle":      func(c *tpm.Config) { c.SRKHandle = 0x01800600 },
 		"time-out":        func(c *tpm.Config) { c.Timeout = -1 },
 		"other PCRs":      func(c *tpm.Config) { c.PCRWanted = map[int][]byte{8: make([]byte, 32)} },
@@ -377,7 +379,7 @@ func TestProvisionAgain(t *testing.T) {
 	forgetful := h.cfg // as after a crash before anything was kept
 	forgetful.SRKName, forgetful.PCRWanted, forgetful.Identity = nil, nil, nil
 	p := provision(t, forgetful)
-	if len(p.Steps) != 3 || !strings.HasSuffix(p.Steps[1], "already there") || !strings.HasSuffix(p.Steps[2], "made") {
+	if len(p.Steps) != 4 || !strings.HasSuffix(p.Steps[2], "already there") || !strings.HasSuffix(p.Steps[3], "made") {
 		t.Errorf("forgetful run: %q", p.Steps)
 	}
 	wantRoot(t, open(t, remember(h.cfg, p)), root)
@@ -386,7 +388,7 @@ func TestProvisionAgain(t *testing.T) {
 	if _, err := tpm.Provision(t.Context(), forgetful); err == nil || !strings.Contains(err.Error(), "in use") {
 		t.Errorf("another state's index taken over: %v", err)
 	}
-	if p := provision(t, h.cfg); len(p.Steps) != 3 { // knows what it wants
+	if p := provision(t, h.cfg); len(p.Steps) != 4 { // knows what it wants
 		t.Errorf("steps %q", p.Steps)
 	}
 }
@@ -394,7 +396,7 @@ func TestProvisionAgain(t *testing.T) {
 func TestTwoAgentsOnOneTPM(t *testing.T) {
 	h := newHost(t)
 	second := h.cfg
-	second.NVRoot = 0x01800700
+	second.NVRoot, second.NVReceipts = 0x01800700, 0x01800702
 	second.PCRWanted, second.Identity = nil, nil
 	d := open(t, remember(second, provision(t, second)))
 	first, other := setRoot(t, h.TPM), setRoot(t, d)

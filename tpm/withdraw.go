@@ -51,6 +51,9 @@ func (x *tx) withdraw() (steps []string, err error) {
 	if err := remove("root", x.cfg.NVRoot, x.rootName); err != nil {
 		return steps, err
 	}
+	if err := remove("counter of receipts", x.cfg.NVReceipts, x.receiptsName); err != nil {
+		return steps, err
+	}
 	if x.authority != nil {
 		err := remove("counter of revocations", x.authority.Counter, func() (tpm2.TPM2BName, error) {
 			n, _, err := x.authority.counterName(x)

@@ -15,7 +15,7 @@ func TestWithdraw(t *testing.T) {
 	m.allow(t, h, "now")
 	setRoot(t, h.TPM)
 	neighbour := h.cfg
-	neighbour.NVRoot, neighbour.Authority, neighbour.SRKName, neighbour.Identity = 0x01800700, nil, nil, nil
+	neighbour.NVRoot, neighbour.NVReceipts, neighbour.Authority, neighbour.SRKName, neighbour.Identity = 0x01800700, 0x01800702, nil, nil, nil
 	neighbour = remember(neighbour, provision(t, neighbour))
 	d := open(t, neighbour)
 	root := setRoot(t, d)
@@ -30,8 +30,8 @@ func TestWithdraw(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if n := strings.Count(fmt.Sprint(steps), word); n != 2 {
-			t.Errorf("%d of two indices %s: %q", n, word, steps)
+		if n := strings.Count(fmt.Sprint(steps), word); n != 3 {
+			t.Errorf("%d of three indices %s: %q", n, word, steps)
 		}
 	}
 	_, err := h.Root(t.Context())

@@ -90,7 +90,7 @@ func hsmFolder(c *config.Host) string { return filepath.Join(c.State, "hsm") }
 func tpmConfig(c *config.Host, kept *tpmRecord, seal *sealPolicies) tpm.Config {
 	t := &c.Protector.TPM
 	return tpm.Config{
-		Device: t.Device, Timeout: t.Timeout, PCRs: t.PCRs, NVRoot: t.NVRoot, SRKHandle: t.SRKHandle,
+		Device: t.Device, Timeout: t.Timeout, PCRs: t.PCRs, NVRoot: t.NVRoot, NVReceipts: t.NVReceipts, SRKHandle: t.SRKHandle,
 		Authority: seal.authority(), PINSource: t.PIN, StateDir: c.State, SRKName: kept.SRKName, PCRWanted: kept.PCRWanted, Identity: []byte(kept.Identity),
 	}
 }

@@ -38,7 +38,7 @@ func tpmOperations(ctx context.Context) (err error) {
 	if err := tpmHost(ctx, "tpm/as-installed/", cfg, func(*tpm.TPM) error { return nil }); err != nil {
 		return err
 	}
-	cfg.NVRoot = 0x01800700
+	cfg.NVRoot, cfg.NVReceipts = 0x01800700, 0x01800702
 	cfg.Authority = &tpm.Authority{
 		Host:      policy.Host{Name: "bench", Key: &key.PublicKey, Counter: 0x01800701},
 		Installed: func() ([]*policy.Policy, error) { return installed, nil },

@@ -214,6 +214,15 @@ func checkPCRs(info *tpm2.TPMSQuoteInfo, pcrs policy.State, want []int) error {
 
 // statement checks what an AK signed: that a TPM made it, of that kind, for this nonce.
 func statement(ak *ecdsa.PublicKey, nonce, attest, signature []byte, kind tpm2.TPMST) (*tpm2.TPMSAttest, error) {
+	a, err := signed(ak, attest, signature, kind)
+	if err == nil && !bytes.Equal(a.ExtraData.Buffer, nonce) {
+		return nil, errors.New("it answers another challenge")
+	}
+	return a, err
+}
+
+// signed checks that a TPM made something of a kind, and that the AK signed it.
+func signed(ak *ecdsa.PublicKey, attest, signature []byte, kind tpm2.TPMST) (*tpm2.TPMSAttest, error) {
 	sig, err := tpm2.Unmarshal[tpm2.TPMTSignature](signature)
 	if err != nil {
 		return nil, fmt.Errorf("malformed signature: %w", err)
@@ -234,8 +243,6 @@ func statement(ak *ecdsa.PublicKey, nonce, attest, signature []byte, kind tpm2.T
 		return nil, errors.New("no TPM made it")
 	case a.Type != kind:
 		return nil, fmt.Errorf("a statement of kind %#x, not %#x", uint16(a.Type), uint16(kind))
-	case !bytes.Equal(a.ExtraData.Buffer, nonce):
-		return nil, errors.New("it answers another challenge")
 	}
 	return a, nil
 }

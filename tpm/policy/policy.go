@@ -74,6 +74,19 @@ func (s State) Fits(values State) bool {
 	return len(s) > 0
 }
 
+// AuthPolicy is the policy of what opens in this state and in no other, and with the
+// host's PIN if it has one.
+func (s State) AuthPolicy(pin bool) ([]byte, error) {
+	if len(s) == 0 {
+		return nil, errors.New("a policy without PCRs")
+	}
+	steps := []step{s.Command(0)}
+	if pin {
+		steps = append(steps, tpm2.PolicyAuthValue{})
+	}
+	return digest(steps...)
+}
+
 // Command is TPM2_PolicyPCR for the state.
 func (s State) Command(session tpm2.TPMHandle) tpm2.PolicyPCR {
 	h := sha256.New()
