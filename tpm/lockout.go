@@ -9,22 +9,35 @@ import (
 	"github.com/google/go-tpm/tpm2"
 )
 
-// Lockout says in words how the TPM's protection against dictionary attacks stands.
-// cfg is as for [Open]. It changes nothing.
-func Lockout(ctx context.Context, cfg Config) (step string, err error) {
+// Lockout says in words how the TPM's protection against dictionary attacks stands. cfg
+// is as for [Open].
+//
+// If own is not empty it first sets the protection to 32 tries, of which one is forgotten
+// every 10 minutes, and a lockout authorization, which it has written to the file own
+// before. Run again, also after a crash, it does what is missing. What somebody else has
+// set is left alone.
+func Lockout(ctx context.Context, cfg Config, own string) (steps []string, err error) {
 	t, err := newTPM(cfg)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	err = t.transact(ctx, "reading its protection against dictionary attacks", func(x *tx) error {
-		s, err := x.lockoutState()
-		if err == nil {
-			step = s.String()
+	err = t.transact(ctx, "protection against dictionary attacks", func(x *tx) error {
+		if own != "" {
+			step, err := x.ownLockout(own)
+			if err != nil {
+				return err
+			}
+			steps = append(steps, step)
 		}
-		return err
+		s, err := x.lockoutState()
+		if err != nil {
+			return err
+		}
+		steps = append(steps, s.String())
+		return nil
 	})
 	_ = t.hangUp()
-	return step, err
+	return steps, err
 }
 
 // lockoutState is how the TPM's protection against dictionary attacks stands: TPM 2.0

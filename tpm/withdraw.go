@@ -63,5 +63,10 @@ func (x *tx) withdraw() (steps []string, err error) {
 			return steps, err
 		}
 	}
-	return append(steps, fmt.Sprintf("storage root key at handle %#x: left, others may use it", uint32(x.srk.handle))), nil
+	steps = append(steps, fmt.Sprintf("storage root key at handle %#x: left, others may use it", uint32(x.srk.handle)))
+	s, err := x.lockoutState()
+	if err == nil && s.lockoutSet {
+		steps = append(steps, "lockout authorization and parameters: left; who has the former may take it away (tpm2_changeauth -c lockout -p file:FILE)")
+	}
+	return steps, err
 }

@@ -23,7 +23,7 @@ func initCommand(file *string, out io.Writer) *cobra.Command {
 	var asJSON bool
 	var policies []string
 	var undo bool
-	var confirm string
+	var confirm, ownLockout string
 	c := &cobra.Command{
 		Use:   "init",
 		Short: "Make this host's identity and vault in its hardware, and print its line for the roster",
@@ -33,6 +33,10 @@ and print the host's entry for the roster.
 A second run makes what is missing, changes nothing that is there, and prints
 the same entry.
 
+With --own-lockout, the TPM's protection against dictionary attacks becomes this
+host's: 32 tries, 10 minutes, and a lockout authorization that is written to FILE
+first. Without it that is left as it is.
+
 With --undo, for a host that leaves: take what is this host's out of its TPM, and
 its shares from its disk. Nobody can bring them back.`,
 		Args: cobra.NoArgs,
@@ -40,17 +44,22 @@ its shares from its disk. Nobody can bring them back.`,
 			if undo {
 				return withdraw(c.Context(), *file, out, confirm)
 			}
-			return initialise(c.Context(), *file, out, policies, asJSON)
+			if c.Flags().Changed("own-lockout") && ownLockout == "" {
+				return errors.New("--own-lockout wants the file for the lockout authorization, and got an empty name")
+			}
+			return initialise(c.Context(), *file, out, policies, ownLockout, asJSON)
 		},
 	}
 	c.Flags().StringArrayVar(&policies, "policy", nil, "install a signed seal policy first; may be repeated")
+	c.Flags().StringVar(&ownLockout, "own-lockout", "", "set the TPM's lockout authorization and write it to `FILE`, and its dictionary attack parameters")
 	c.Flags().BoolVar(&undo, "undo", false, "for a host that leaves: destroy its shares and what is its own in the TPM")
 	c.Flags().StringVar(&confirm, "confirm", "", "with --undo: the name of this host")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON, for programs")
+	c.MarkFlagsMutuallyExclusive("undo", "own-lockout")
 	return c
 }
 
-func initialise(ctx context.Context, file string, out io.Writer, policies []string, asJSON bool) error {
+func initialise(ctx context.Context, file string, out io.Writer, policies []string, ownLockout string, asJSON bool) error {
 	c, err := config.Load(file)
 	if err != nil {
 		return err
@@ -61,7 +70,7 @@ func initialise(ctx context.Context, file string, out io.Writer, policies []stri
 	if err := vault.InUse(agent.VaultFolder(c)); err != nil { // before the hardware is touched
 		return err
 	}
-	steps, err := provision(ctx, c)
+	steps, err := provision(ctx, c, ownLockout)
 	if err != nil {
 		return err
 	}
@@ -89,8 +98,11 @@ func initialise(ctx context.Context, file string, out io.Writer, policies []stri
 }
 
 // provision makes what is missing in the hardware and returns the steps in words.
-func provision(ctx context.Context, c *config.Host) ([]string, error) {
+func provision(ctx context.Context, c *config.Host, ownLockout string) ([]string, error) {
 	if c.Protector.Kind == "hsm" {
+		if ownLockout != "" {
+			return nil, errors.New("--own-lockout is for a TPM, and this host has an HSM")
+		}
 		if err := os.MkdirAll(hsmFolder(c), 0o700); err != nil {
 			return nil, err
 		}
@@ -120,8 +132,8 @@ func provision(ctx context.Context, c *config.Host) ([]string, error) {
 	if err := kept.write(c); err != nil {
 		return nil, err
 	}
-	step, err := tpm.Lockout(ctx, tpmConfig(c, kept, seal))
-	return append(p.Steps, step), err
+	steps, err := tpm.Lockout(ctx, tpmConfig(c, kept, seal), ownLockout)
+	return append(p.Steps, steps...), err
 }
 
 // withdraw undoes what initialise did, on a host with a TPM.
