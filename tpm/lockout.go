@@ -57,10 +57,14 @@ type lockoutState struct {
 func (s *lockoutState) left() uint32 { return s.max - min(s.tries, s.max) }
 
 func (s *lockoutState) String() string {
-	words := fmt.Sprintf("dictionary attack protection of the TPM: locks at %d failed tries, %d are left, forgets one every %v; "+
-		"a wrong lockout authorization blocks that for %v", s.max, s.left(), s.interval, s.recovery)
+	words := fmt.Sprintf("dictionary attack protection of the TPM: locks at %d failed tries, %d are left, forgets one every %v", s.max, s.left(), s.interval)
 	if s.interval == 0 {
 		words = "dictionary attack protection of the TPM: off, tries are not counted"
+	}
+	if s.recovery == 0 {
+		words += "; a wrong lockout authorization blocks that until the TPM restarts"
+	} else {
+		words += fmt.Sprintf("; a wrong lockout authorization blocks that for %v", s.recovery)
 	}
 	if s.locked {
 		words += "; it is locked now"

@@ -20,9 +20,9 @@ type Provisioned struct {
 
 // Provision makes what a host needs in its TPM, or finds it there: the storage
 // root key at a persistent handle, the NV index of the root under the present
-// values of the PCRs, the counter of receipts, and the identity key. Run again, also after a crash, it
-// makes what is missing. It evicts, undefines and resets nothing, and leaves
-// passwords and dictionary attack parameters alone.
+// values of the PCRs, the counter of receipts, and the identity key. Run again, also
+// after a crash, it makes what is missing. It evicts, undefines and resets nothing,
+// and leaves passwords and dictionary attack parameters alone: see [Lockout].
 //
 // Give what an earlier run returned in cfg.SRKName, PCRWanted and Identity. A TPM
 // that was cleared since is then refused, rather than taken for a new one.

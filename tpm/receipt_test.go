@@ -1,6 +1,7 @@
 package tpm_test
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/hmac"
@@ -342,7 +343,7 @@ type forgery struct {
 	spoil     func(*attest.Receipt)
 }
 
-func newForgery(t *testing.T) *forgery {
+func newForgery(t testing.TB) *forgery {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -365,7 +366,7 @@ func newForgery(t *testing.T) *forgery {
 	return f
 }
 
-func (f *forgery) named(t *testing.T, public tpm2.TPMSNVPublic) {
+func (f *forgery) named(t testing.TB, public tpm2.TPMSNVPublic) {
 	t.Helper()
 	name, err := tpm2.NVName(&public)
 	if err != nil {
@@ -374,7 +375,7 @@ func (f *forgery) named(t *testing.T, public tpm2.TPMSNVPublic) {
 	f.info.IndexName = *name
 }
 
-func (f *forgery) verify(t *testing.T) (uint64, error) {
+func (f *forgery) verify(t testing.TB) (uint64, error) {
 	t.Helper()
 	switch f.a.Type {
 	case tpm2.TPMSTAttestNV:
@@ -384,7 +385,14 @@ func (f *forgery) verify(t *testing.T) (uint64, error) {
 	case tpm2.TPMSTAttestCertify:
 		f.a.Attested = tpm2.NewTPMUAttest(tpm2.TPMSTAttestCertify, &tpm2.TPMSCertifyInfo{Name: f.info.IndexName})
 	}
-	r := &attest.Receipt{Certified: tpm2.Marshal(f.a)}
+	r := f.sign(t, tpm2.Marshal(f.a))
+	f.spoil(r)
+	return attest.VerifyReceipt(r, f.ak, f.counter, []byte(f.statement))
+}
+
+func (f *forgery) sign(t testing.TB, certified []byte) *attest.Receipt {
+	t.Helper()
+	r := &attest.Receipt{Certified: certified}
 	digest := sha256.Sum256(r.Certified)
 	x, y, err := ecdsa.Sign(rand.Reader, f.signer, digest[:])
 	if err != nil {
@@ -393,8 +401,7 @@ func (f *forgery) verify(t *testing.T) (uint64, error) {
 	r.Signature = tpm2.Marshal(tpm2.TPMTSignature{SigAlg: tpm2.TPMAlgECDSA, Signature: tpm2.NewTPMUSignature(tpm2.TPMAlgECDSA, &tpm2.TPMSSignatureECC{
 		Hash: tpm2.TPMAlgSHA256, SignatureR: tpm2.TPM2BECCParameter{Buffer: x.Bytes()}, SignatureS: tpm2.TPM2BECCParameter{Buffer: y.Bytes()},
 	})})
-	f.spoil(r)
-	return attest.VerifyReceipt(r, f.ak, f.counter, []byte(f.statement))
+	return r
 }
 
 func TestLyingReceipts(t *testing.T) {
@@ -440,6 +447,8 @@ func TestLyingReceipts(t *testing.T) {
 		"a bit of it":           {func(f *forgery) { f.spoil = func(r *attest.Receipt) { r.Certified[len(r.Certified)-1] ^= 1 } }, "attestation key"},
 		"nothing signed":        {func(f *forgery) { f.spoil = func(r *attest.Receipt) { r.Certified = nil } }, "attestation key"},
 		"no signature":          {func(f *forgery) { f.spoil = func(r *attest.Receipt) { r.Signature = nil } }, "malformed"},
+		"bytes behind it":       {func(f *forgery) { f.spoil = func(r *attest.Receipt) { *r = *f.sign(t, append(r.Certified, 0)) } }, "bytes behind it"},
+		"behind the signature":  {func(f *forgery) { f.spoil = func(r *attest.Receipt) { r.Signature = append(r.Signature, 0) } }, "bytes behind it"},
 		"an empty receipt":      {func(f *forgery) { f.spoil = func(r *attest.Receipt) { *r = attest.Receipt{} } }, "malformed"},
 	} {
 		f := newForgery(t)
@@ -458,6 +467,31 @@ func TestLyingReceipts(t *testing.T) {
 			t.Errorf("a signature of %d bytes was taken", n)
 		}
 	}
+}
+
+// FuzzReceipt signs what it is given, as no AK would, so that all of it is parsed.
+func FuzzReceipt(f *testing.F) {
+	good := newForgery(f)
+	var certified, signature []byte
+	good.spoil = func(r *attest.Receipt) { certified, signature = r.Certified, r.Signature }
+	if _, err := good.verify(f); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(certified, signature)
+	f.Fuzz(func(t *testing.T, certified, signature []byte) {
+		_, err := attest.VerifyReceipt(&attest.Receipt{Certified: certified, Signature: signature}, good.ak, good.counter, []byte("deleted"))
+		if err == nil && (!bytes.HasPrefix(certified, []byte("\xffTCG\x80\x14")) || len(signature) > 72) {
+			t.Errorf("accepted %x, %x", certified, signature)
+		}
+		r := good.sign(t, certified)
+		if n, err := attest.VerifyReceipt(r, good.ak, good.counter, []byte("deleted")); err == nil && !bytes.HasSuffix(certified, binary.BigEndian.AppendUint64(nil, n)) {
+			t.Errorf("the value %d of %x", n, certified)
+		}
+		r.Signature = append(r.Signature, 0)
+		if _, err := attest.VerifyReceipt(r, good.ak, good.counter, []byte("deleted")); err == nil {
+			t.Error("bytes behind a signature were taken")
+		}
+	})
 }
 
 // Two hosts of one configuration have counters of one name: the AK tells them apart.

@@ -227,6 +227,9 @@ func signed(ak *ecdsa.PublicKey, attest, signature []byte, kind tpm2.TPMST) (*tp
 	if err != nil {
 		return nil, fmt.Errorf("malformed signature: %w", err)
 	}
+	if !bytes.Equal(tpm2.Marshal(*sig), signature) {
+		return nil, errors.New("malformed signature: bytes behind it")
+	}
 	rs, err := sig.Signature.ECDSA()
 	if err != nil || rs.Hash != tpm2.TPMAlgSHA256 {
 		return nil, errors.New("its signature is not ECDSA with SHA-256")
@@ -239,6 +242,8 @@ func signed(ak *ecdsa.PublicKey, attest, signature []byte, kind tpm2.TPMST) (*tp
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("malformed: %w", err)
+	case !bytes.Equal(tpm2.Marshal(*a), attest):
+		return nil, errors.New("malformed: bytes behind it")
 	case a.Magic != tpm2.TPMGeneratedValue:
 		return nil, errors.New("no TPM made it")
 	case a.Type != kind:
