@@ -15,6 +15,7 @@ import (
 	"conseal/internal/secret"
 	"conseal/testenv"
 	"conseal/tpm"
+	"conseal/tpm/attest"
 )
 
 const rightPIN = "correct horse battery 7"
@@ -314,5 +315,24 @@ func TestPINStaysOffTheBus(t *testing.T) {
 	h.tap.Record(nil)
 	if !bytes.Contains(bus.Bytes(), []byte(rightPIN)) {
 		t.Error("the recorder misses what is on the bus")
+	}
+}
+
+// The TPM certifies receipts of a host with a PIN, with the PIN only.
+func TestPINReceipts(t *testing.T) {
+	h, file := newPINHost(t, nil)
+	v := newVerifier(t, h)
+	first := v.value(t, receipt(t, h, "one"), "one")
+	if next := v.value(t, receipt(t, h, "two"), "two"); next <= first {
+		t.Errorf("%d after %d", next, first)
+	}
+	setPIN(t, file, "another PIN")
+	_, err := open(t, h.cfg).Receipt(t.Context(), []byte("three"))
+	wantPINRefused(t, err)
+	bare := v.counter
+	bare.PIN = false
+	setPIN(t, file, rightPIN)
+	if _, err := attest.VerifyReceipt(receipt(t, h, "four"), v.ak, bare, []byte("four")); err == nil {
+		t.Error("a verifier takes it for one of a host without a PIN")
 	}
 }
