@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"os"
+	"path/filepath"
 	"time"
 
 	"conseal/internal/secret"
@@ -43,7 +44,7 @@ func tpmOperations(ctx context.Context) (err error) {
 		Host:      policy.Host{Name: "bench", Key: &key.PublicKey, Counter: 0x01800701},
 		Installed: func() ([]*policy.Policy, error) { return installed, nil },
 	}
-	return tpmHost(ctx, "tpm/by-policy/", cfg, func(t *tpm.TPM) error {
+	allow := func(t *tpm.TPM) error {
 		m, err := t.Measure(ctx)
 		if err != nil {
 			return err
@@ -52,7 +53,16 @@ func tpmOperations(ctx context.Context) (err error) {
 		_, err = p.Sign(key)
 		installed = []*policy.Policy{p}
 		return err
-	})
+	}
+	if err := tpmHost(ctx, "tpm/by-policy/", cfg, allow); err != nil {
+		return err
+	}
+	cfg.NVRoot, cfg.NVReceipts = 0x01800800, 0x01800802
+	cfg.PINSource, cfg.StateDir = "file:"+filepath.Join(dir, "pin"), dir
+	if err := os.WriteFile(filepath.Join(dir, "pin"), []byte("a PIN for the bench"), 0o600); err != nil {
+		return err
+	}
+	return tpmHost(ctx, "tpm/by-policy-and-pin/", cfg, allow)
 }
 
 func tpmHost(ctx context.Context, name string, cfg tpm.Config, prepare func(*tpm.TPM) error) (err error) {
@@ -92,6 +102,8 @@ func tpmHost(ctx context.Context, name string, cfg tpm.Config, prepare func(*tpm
 		{"open", func() error { return wiped(t.Open(ctx, "bench", blob)) }},
 		{"set-root", func() error { return t.SetRoot(ctx, root) }},
 		{"root", func() error { return wiped(t.Root(ctx)) }},
+		{"receipt", func() error { _, err := t.Receipt(ctx, []byte("bench")); return err }},
+		{"certify-sealed", func() error { _, err := t.CertifySealed(ctx, blob, digest); return err }},
 		{"sign", func() error { _, err := identity.Sign(nil, digest, crypto.SHA256); return err }},
 	} {
 		l, err := percentiles(o.do)
