@@ -160,14 +160,14 @@ func (c *keyChecker) checkBirth(at string, k *Key) {
 	if k.State == "deleted" && !pinned {
 		c.add(at+"public_key", "missing: a deleted key repeats its public key, so that the right one is erased")
 	}
-	if !pinned {
-		return
-	}
 	if k.Prehashed && !strings.HasPrefix(k.Scheme, "ecdsa-") {
 		c.add(at+"prehashed", "scheme %s signs whole messages only", k.Scheme)
 	}
 	if k.PrehashedPresignatures && !k.Prehashed {
 		c.add(at+"prehashed_presignatures", "means nothing without `prehashed = true`")
+	}
+	if !pinned {
+		return
 	}
 	if wanted := publicKeyWanted(k.Scheme, k.PublicKey); wanted != "" {
 		c.add(at+"public_key", "%s: wants %s", clip(k.PublicKey.String()), wanted)
