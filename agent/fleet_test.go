@@ -135,9 +135,9 @@ func failpoints(t *testing.T) (names []string) {
 	if len(names) < 12 {
 		t.Fatalf("found only %q", names)
 	}
-	// Creating a vault, and signing, are not part of a birth.
+	// Creating a vault, sealing shares anew, and signing, are not part of a birth.
 	return slices.DeleteFunc(names, func(n string) bool {
-		return strings.HasPrefix(n, "vault/class") || strings.HasPrefix(n, "vault/mark") || strings.HasPrefix(n, "sign/")
+		return strings.HasPrefix(n, "vault/class") || strings.HasPrefix(n, "vault/mark") || strings.HasPrefix(n, "vault/reseal") || strings.HasPrefix(n, "sign/")
 	})
 }
 
@@ -277,7 +277,7 @@ func secretsOf(ctx context.Context, t *testing.T, h *testenv.Host) map[string][]
 		return func(b []byte) error { out[name] = bytes.Clone(b); return nil }
 	}
 	r := v.Keys()[0]
-	must(t, v.Lend(r.Key, r.Active, keep("share")))
+	must(t, v.Lend(ctx, r.Key, r.Active, keep("share")))
 	root, err := p.Root(ctx)
 	must(t, err)
 	must(t, root.Use(keep("root")))

@@ -479,7 +479,7 @@ func (r *rogue) share() shareholder {
 	c, err := epoch.Decode(encoded)
 	ok(r.t, err)
 	var s shareholder
-	ok(r.t, v.Lend(r.key.id, c.Subject.Number, func(share []byte) error {
+	ok(r.t, v.Lend(r.ctx, r.key.id, c.Subject.Number, func(share []byte) error {
 		s, err = r.key.scheme.load(r.self, c.Public, share)
 		return err
 	}))

@@ -165,7 +165,7 @@ func (k *key) describe(self protocol.HostID) *apipb.Key {
 
 // activate makes a certified epoch the one that the key signs with: it reads the
 // share, checks it against the certificate and keeps it opened.
-func (k *key) activate(self protocol.HostID, c *epoch.Certificate, v *vault.Vault) error {
+func (k *key) activate(ctx context.Context, self protocol.HostID, c *epoch.Certificate, v *vault.Vault) error {
 	out, err := k.scheme.inspect(c.Public)
 	if err != nil {
 		return fmt.Errorf("reading the public output of key %q: %w", k.id.Name, err)
@@ -175,7 +175,7 @@ func (k *key) activate(self protocol.HostID, c *epoch.Certificate, v *vault.Vaul
 			k.id.Name, out.quorum, out.holders, k.entry.Quorum, k.holders)
 	}
 	act := &active{certificate: c, id: c.Subject.ID(), output: out, stock: newStock()}
-	err = v.Lend(k.id, c.Subject.Number, func(share []byte) error {
+	err = v.Lend(ctx, k.id, c.Subject.Number, func(share []byte) error {
 		act.shareholder, err = k.scheme.load(self, c.Public, share)
 		return err
 	})

@@ -76,7 +76,7 @@ func (a *Agent) step(ctx context.Context, k *key) (name, detail string) {
 	}
 	record, _ := v.Record(k.id)
 	if record.Active != (vault.Number{}) {
-		return a.load(k, v)
+		return a.load(ctx, k, v)
 	}
 	if record.Entry != ([32]byte{}) && record.Entry != k.digest {
 		return "refused", "the key's hosts, quorum or identities changed in the roster before it was born; put them back, or raise its `incarnation`"
@@ -104,13 +104,13 @@ func bornBefore(v *vault.Vault, id vault.KeyID) (incarnation uint64, ok bool) {
 }
 
 // load takes up the epoch that the vault has active.
-func (a *Agent) load(k *key, v *vault.Vault) (name, detail string) {
+func (a *Agent) load(ctx context.Context, k *key, v *vault.Vault) (name, detail string) {
 	c, err := a.readCertificate(k, v)
 	if err == nil {
 		err = a.checkCertificate(k, c)
 	}
 	if err == nil {
-		err = k.activate(a.self, c, v)
+		err = k.activate(ctx, a.self, c, v)
 	}
 	if err != nil {
 		return "refused", err.Error()

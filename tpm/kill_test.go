@@ -104,7 +104,7 @@ func (v *victim) live(ctx context.Context) error {
 		next++
 		n := epochNumber(next)
 		share := secret.Copy(shareOf(n))
-		if err := w.Stage(ctx, killedKey, n, outputOf(n), []byte("public"), share); err != nil {
+		if err := w.Stage(ctx, vault.Class(next%2), killedKey, n, outputOf(n), []byte("public"), share); err != nil {
 			return err
 		}
 		fmt.Println("staged", next)
@@ -260,7 +260,7 @@ func (v *victim) wantWhole(t *testing.T, h *host, before vault.Record, done said
 	held := map[uint64]bool{}
 	for _, s := range r.Staged {
 		held[s.Number.Attempt] = true
-		err := w.Lend(killedKey, s.Number, func(b []byte) error {
+		err := w.Lend(t.Context(), killedKey, s.Number, func(b []byte) error {
 			if !bytes.Equal(b, shareOf(s.Number)) {
 				t.Errorf("epoch %s has another share", s.Number)
 			}

@@ -205,7 +205,9 @@ func lifeOps() []op {
 		{Kind: "drop", Key: k1, Number: n13, Also: n11},
 		{Kind: "open"},
 		{Kind: "stage", Key: k1, Number: n21, Instance: 5},
-		{Kind: "stage", Key: k2, Number: n11, Instance: 6},
+		{Kind: "stage", Key: k2, Number: n11, Instance: 6, Class: vault.Own},
+		{Kind: "reseal", Key: k1, Class: vault.Own}, // two shares
+		{Kind: "reseal", Key: k2, Class: vault.Held},
 		{Kind: "vote", Key: k1, Number: n21},
 		{Kind: "activate", Key: k1, Number: n21},
 		{Kind: "drop", Key: k1, Number: n12},

@@ -83,8 +83,15 @@ func TestUnknownVersion(t *testing.T) {
 }
 
 func TestDamagedShare(t *testing.T) {
+	for _, class := range []vault.Class{vault.Held, vault.Own} {
+		t.Run(class.String(), func(t *testing.T) { testDamagedShare(t, class) })
+	}
+}
+
+func testDamagedShare(t *testing.T, class vault.Class) {
 	v := newVault(t)
 	v.born(payments, n11)
+	must(t, v.Reseal(t.Context(), map[vault.KeyID]vault.Class{payments: class}))
 	v.born(backups, n11)
 	must(t, v.stage(payments, n12))
 	path := v.ShareFile(payments, n11)
@@ -93,7 +100,7 @@ func TestDamagedShare(t *testing.T) {
 	damaged(good, func(spoiled []byte) {
 		must(t, os.WriteFile(path, spoiled, 0o600))
 		wantError(t, v.lends(payments, n11), vault.ErrDamaged, `"payments"`, "1.1", filepath.Base(path))
-		if opened, err := v.OpenShareFile(payments, n11); err == nil { // behind the digest
+		if opened, err := v.OpenShareFile(t.Context(), payments, n11); err == nil { // behind the digest
 			opened.Wipe()
 			t.Error("a damaged share is authentic")
 		}
@@ -117,11 +124,18 @@ func TestDamagedShare(t *testing.T) {
 
 // TestMovedShare puts one share's file, with its own keys, in the place of another.
 func TestMovedShare(t *testing.T) {
+	for _, class := range []vault.Class{vault.Held, vault.Own} {
+		t.Run(class.String(), func(t *testing.T) { testMovedShare(t, class) })
+	}
+}
+
+func testMovedShare(t *testing.T, class vault.Class) {
 	v := newVault(t)
 	must(t, v.stage(payments, n11))
 	must(t, v.stage(payments, n12))
 	must(t, v.stage(backups, n11))
 	must(t, v.stage(key("payments", 2), n11))
+	must(t, v.Reseal(t.Context(), map[vault.KeyID]vault.Class{payments: class, backups: class, key("payments", 2): class}))
 	target := v.ShareFile(payments, n11)
 	good, err := os.ReadFile(target)
 	must(t, err)
@@ -130,7 +144,7 @@ func TestMovedShare(t *testing.T) {
 		must(t, err)
 		must(t, os.WriteFile(target, b, 0o600))
 		wantError(t, v.lends(payments, n11), vault.ErrDamaged)
-		_, err = v.OpenShareFile(payments, n11)
+		_, err = v.OpenShareFile(t.Context(), payments, n11)
 		wantError(t, err, vault.ErrDamaged, "about another share")
 	}
 	must(t, os.WriteFile(target, good, 0o600))
@@ -236,16 +250,17 @@ func TestNoSecretInFiles(t *testing.T) {
 	must(t, v.stage(backups, n11))
 	must(t, v.drop(payments, n12))
 	must(t, v.stage(payments, n13))
+	must(t, v.stageOwn(backups, n13))
 	planted := bytes.Repeat([]byte("planted secret! "), 2)
 	secrets := v.Secrets()
 	for _, s := range []struct {
 		id vault.KeyID
 		n  vault.Number
-	}{{payments, n11}, {payments, n12}, {payments, n13}, {backups, n11}} {
+	}{{payments, n11}, {payments, n12}, {payments, n13}, {backups, n11}, {backups, n13}} {
 		secrets["share "+s.id.Name+" "+s.n.String()] = content(s.id, s.n)
 	}
-	if len(secrets) != 2+3+4 {
-		t.Fatalf("%d secrets to look for, want root, class key, 3 erasure keys, 4 shares", len(secrets))
+	if len(secrets) != 2+4+5 {
+		t.Fatalf("%d secrets to look for, want root, class key, 4 erasure keys, 5 shares", len(secrets))
 	}
 	for name, s := range secrets {
 		if where := find(t, v.dir, s); len(where) > 0 {
@@ -259,7 +274,7 @@ func TestNoSecretInFiles(t *testing.T) {
 		t.Errorf("the search found %v", where)
 	}
 	share := secret.Copy(planted)
-	must(t, v.Stage(t.Context(), backups, n12, vault.Output{}, planted, share))
+	must(t, v.Stage(t.Context(), vault.Held, backups, n12, vault.Output{}, planted, share))
 	if where := find(t, v.dir, planted); len(where) != 2 {
 		t.Errorf("the search found %v", where)
 	}

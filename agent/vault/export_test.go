@@ -2,6 +2,7 @@ package vault
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"fmt"
 
@@ -21,14 +22,47 @@ func RecodeManifest(b []byte) ([]byte, error) {
 func (v *Vault) EncodedManifest() []byte { return v.now.Load().encode() }
 
 // OpenShareFile opens a share's file as if the manifest had its digest.
-func (v *Vault) OpenShareFile(id KeyID, n Number) (*secret.Bytes, error) {
+func (v *Vault) OpenShareFile(ctx context.Context, id KeyID, n Number) (*secret.Bytes, error) {
 	s := *v.now.Load().keys[id].share(n)
-	b, err := readFile(v.sharePath(s.file), MaxShare+MaxPublic+4096)
+	b, err := readFile(v.sharePath(s.file), maxShareFile)
 	if err != nil {
 		return nil, err
 	}
 	s.digest = sha256.Sum256(b)
-	return v.readShare(id, &s)
+	return v.readShare(ctx, id, &s)
+}
+
+// OpenWithClassKey opens a share as what has the vault's memory and its disk would,
+// without the hardware.
+func (v *Vault) OpenWithClassKey(id KeyID, n Number) (*secret.Bytes, error) {
+	s := v.find(id, n)
+	f, err := v.readShareFile(id, s)
+	if err != nil {
+		return nil, err
+	}
+	aead, err := v.aead(v.class, f, s.erasure)
+	if err != nil {
+		return nil, err
+	}
+	plain, err := aead.Open(nil, make([]byte, aead.NonceSize()), f.cipher, f.header)
+	return secret.Take(plain), err
+}
+
+// Own lists the shares of a key that rest under keys of their own, by their files.
+func (v *Vault) Own(id KeyID) (own []Number) {
+	for _, s := range v.now.Load().keys[id].shares {
+		if f, err := v.readShareFile(id, &s); err == nil && f.class == Own {
+			own = append(own, s.number)
+		}
+	}
+	return own
+}
+
+// Opened counts the opened shares that the vault keeps.
+func (v *Vault) Opened() int {
+	v.opened.Lock()
+	defer v.opened.Unlock()
+	return len(v.opened.shares)
 }
 
 // ShareFile is where a share rests.

@@ -26,6 +26,7 @@ type hardware struct {
 	// hardware have the root.
 	onSetRoot func(take func()) error
 	onRoot    func() error
+	onOpen    func(id string) error
 }
 
 type noRoot struct{}
@@ -97,6 +98,11 @@ func (h *hardware) Seal(ctx context.Context, id string) (*secret.Bytes, []byte, 
 func (h *hardware) Open(ctx context.Context, id string, blob []byte) (*secret.Bytes, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
+	}
+	if h.onOpen != nil {
+		if err := h.onOpen(id); err != nil {
+			return nil, err
+		}
 	}
 	key, err := h.aead().Open(nil, nil, blob, []byte(id))
 	if err != nil {

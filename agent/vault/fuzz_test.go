@@ -35,19 +35,26 @@ func FuzzDecodeManifest(f *testing.F) {
 func FuzzReadShareFile(f *testing.F) {
 	v := newVault(f)
 	must(f, v.stage(payments, n11))
-	path := v.ShareFile(payments, n11)
-	good, err := os.ReadFile(path)
-	must(f, err)
-	f.Add(good)
-	f.Add(good[:len(good)-1])
+	must(f, v.stage(backups, n11))
+	must(f, v.Reseal(f.Context(), map[vault.KeyID]vault.Class{backups: vault.Own}))
+	good := map[vault.KeyID][]byte{}
+	for _, id := range []vault.KeyID{payments, backups} {
+		b, err := os.ReadFile(v.ShareFile(id, n11))
+		must(f, err)
+		good[id] = b
+		f.Add(b)
+		f.Add(b[:len(b)-1])
+	}
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		must(t, os.WriteFile(path, b, 0o600))
-		share, err := v.OpenShareFile(payments, n11)
-		if (err == nil) != bytes.Equal(b, good) {
-			t.Errorf("%d bytes: %v", len(b), err)
+		for id, want := range good {
+			must(t, os.WriteFile(v.ShareFile(id, n11), b, 0o600))
+			share, err := v.OpenShareFile(t.Context(), id, n11)
+			if (err == nil) != bytes.Equal(b, want) {
+				t.Errorf("%d bytes as the share of %s: %v", len(b), id.Name, err)
+			}
+			share.Wipe()
 		}
-		share.Wipe()
 	})
 }
 
@@ -61,7 +68,7 @@ func BenchmarkStage10k(b *testing.B) {
 	must(b, v.stage(payments, n11))
 	b.ResetTimer()
 	for i := range b.N {
-		must(b, v.Stage(b.Context(), key(fmt.Sprint("bench", i), 1), n11, vault.Output{}, nil, share))
+		must(b, v.Stage(b.Context(), vault.Held, key(fmt.Sprint("bench", i), 1), n11, vault.Output{}, nil, share))
 	}
 	b.StopTimer()
 	info, err := os.Stat(filepath.Join(v.dir, "manifest.0"))

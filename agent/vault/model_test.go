@@ -1,6 +1,7 @@
 package vault_test
 
 import (
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -20,8 +21,9 @@ import (
 
 // op is one call of a vault, as a test plans it and a child process does it.
 type op struct {
-	Kind     string // create, open, see, stage, vote, activate, drop
+	Kind     string // create, open, see, stage, vote, activate, drop, reseal
 	Key      vault.KeyID
+	Class    vault.Class // of stage and reseal
 	Number   vault.Number
 	Also     vault.Number // dropped with it, unless zero
 	Entry    byte
@@ -44,7 +46,7 @@ func (o op) do(t testing.TB, v *vault.Vault) error {
 	case "see":
 		return v.See(ctx, o.Key, [32]byte{o.Entry})
 	case "stage":
-		return v.Stage(ctx, o.Key, o.Number, vault.Output(share), share[:8], secret.Copy(share[:]))
+		return v.Stage(ctx, o.Class, o.Key, o.Number, vault.Output(share), share[:8], secret.Copy(share[:]))
 	case "vote":
 		return v.Vote(ctx, o.Key, o.Number, outputOf(v, o.Key, o.Number))
 	case "activate":
@@ -55,6 +57,8 @@ func (o op) do(t testing.TB, v *vault.Vault) error {
 			drops = append(drops, vault.Drop{Key: o.Key, Number: o.Also})
 		}
 		return v.Drop(ctx, drops)
+	case "reseal":
+		return v.Reseal(ctx, map[vault.KeyID]vault.Class{o.Key: o.Class})
 	}
 	return fmt.Errorf("the test knows no %q", o.Kind)
 }
@@ -75,7 +79,23 @@ func outputOf(v *vault.Vault, id vault.KeyID, n vault.Number) vault.Output {
 }
 
 // model is what a vault should have; a value, copied by apply.
-type model map[vault.KeyID]vault.Record
+type model map[vault.KeyID]rests
+
+// rests is a record, and which of its shares rest under keys of their own.
+type rests struct {
+	vault.Record
+	Own []vault.Number
+}
+
+// own filters the numbers of what is staged and rests so.
+func (r rests) own(is func(vault.Number) bool) (own []vault.Number) {
+	for _, s := range r.Staged {
+		if is(s.Number) {
+			own = append(own, s.Number)
+		}
+	}
+	return own
+}
 
 // apply returns what is there after an op and whether the op is in order, by the
 // rules as docs and epochs have them.
@@ -93,6 +113,13 @@ func (m model) apply(o op) (model, bool) {
 	case "stage":
 		ok = staged < 0 && o.Number.Compare(r.Active) > 0
 		r.Staged = append(r.Staged, vault.Staged{Number: o.Number, Output: vault.Output(instance(o.Key, o.Number, o.Instance))})
+		r.Own = r.own(func(n vault.Number) bool {
+			return n == o.Number && o.Class == vault.Own || n != o.Number && slices.Contains(r.Own, n)
+		})
+	case "reseal":
+		own := r.own(func(vault.Number) bool { return o.Class == vault.Own })
+		ok, changed = true, !slices.Equal(own, r.Own)
+		r.Own = own
 	case "vote":
 		if r.Voted != nil && r.Voted.Number == o.Number && (staged < 0 || r.Staged[staged] == *r.Voted) {
 			return m, true
@@ -107,7 +134,8 @@ func (m model) apply(o op) (model, bool) {
 		ok = staged >= 0 && o.Number.Compare(r.Active) >= 0
 		r.Active = o.Number
 	case "drop":
-		r.Staged, ok, changed = m.drop(r, o)
+		r.Staged, ok, changed = m.drop(r.Record, o)
+		r.Own = r.own(func(n vault.Number) bool { return slices.Contains(r.Own, n) })
 	}
 	if !ok || !changed {
 		return m, ok
@@ -150,9 +178,9 @@ func (m model) erased(next model) (out []vault.Output) {
 func (m model) diff(v *vault.Vault) string {
 	got := model{}
 	for _, r := range v.Keys() {
-		got[r.Key] = r
+		got[r.Key] = rests{r, v.Own(r.Key)}
 		for _, s := range r.Staged {
-			err := v.Lend(r.Key, s.Number, func(b []byte) error {
+			err := v.Lend(context.Background(), r.Key, s.Number, func(b []byte) error {
 				if [32]byte(b) != [32]byte(s.Output) {
 					return errors.New("another share")
 				}
@@ -202,13 +230,14 @@ type fataler interface {
 }
 
 func drawOp(t *rapid.T, i int) op {
-	kinds := []string{"see", "stage", "stage", "stage", "vote", "activate", "drop", "drop", "open"}
+	kinds := []string{"see", "stage", "stage", "stage", "vote", "activate", "drop", "drop", "reseal", "reseal", "open"}
 	numbers := []vault.Number{n11, n12, n13, n21}
 	return op{
 		Kind:     rapid.SampledFrom(kinds).Draw(t, "kind"),
 		Key:      rapid.SampledFrom([]vault.KeyID{payments, key("payments", 2), backups}).Draw(t, "key"),
 		Number:   rapid.SampledFrom(numbers).Draw(t, "number"),
 		Also:     rapid.SampledFrom(append(numbers, vault.Number{})).Draw(t, "also"),
+		Class:    rapid.SampledFrom([]vault.Class{vault.Held, vault.Own}).Draw(t, "class"),
 		Entry:    byte(rapid.IntRange(1, 2).Draw(t, "entry")),
 		Instance: i,
 	}

@@ -2,6 +2,7 @@ package vault
 
 import (
 	"bytes"
+	"context"
 	"crypto/cipher"
 	"crypto/hkdf"
 	"crypto/rand"
@@ -27,18 +28,47 @@ const (
 	certsFolder  = "certs"
 )
 
+// Class says which key of the hardware's a share rests under.
+type Class int
+
 const (
-	shareMagic   = "conseal share"
-	shareVersion = 1
+	// Held shares rest under the class key, which an open vault has in memory: the
+	// hardware is asked for it once.
+	Held Class = iota
+	// Own shares rest each under a key of its own that is never kept: the hardware is
+	// asked for it at each opening.
+	Own
 )
 
+// String is the class as a share's file has it.
+func (c Class) String() string {
+	if c == Own {
+		return "own"
+	}
+	return "held"
+}
+
+const shareMagic = "conseal share"
+
+// Versions of a share's file. A program that knows only the first takes the second
+// for damaged and leaves it where it is.
+const (
+	heldVersion = 1
+	ownVersion  = 2 // the header ends with the blob of the share's own key
+)
+
+// maxShareFile leaves 4 KiB for names, digests and the blob of an own key.
+const maxShareFile = MaxShare + MaxPublic + 4096
+
 // shareFile is a share at rest: a header that anybody may read and that is
-// authenticated, then AES-256-GCM of the share. The key is HKDF(class key ||
-// erasure key, salt, header's digest): fresh for each file, so the nonce is zero.
+// authenticated, then AES-256-GCM of the share. The key is HKDF(class key or own key
+// || erasure key, salt, header's digest): fresh for each file, so the nonce is zero.
 type shareFile struct {
+	class  Class
 	header []byte // as encoded
-	salt   []byte
 	public []byte
+	salt   []byte
+	blob   []byte // from which the hardware gets the own key back; nil if held
 	cipher []byte
 }
 
@@ -46,31 +76,43 @@ func (v *Vault) sharePath(f fileName) string {
 	return filepath.Join(v.dir, sharesFolder, f.String()+".share")
 }
 
-// header encodes what a share's file is: moved to another key, epoch, host or
+// ownID binds a share's own key to its purpose, host, key and epoch.
+func (v *Vault) ownID(id KeyID, n Number) string {
+	return fmt.Sprintf("share/own/%s/%q/%d/%s", v.host, id.Name, id.Incarnation, n)
+}
+
+// encodeHeader encodes what a share's file is: moved to another key, epoch, host or
 // kind of hardware, it does not open.
-func (v *Vault) header(id KeyID, n Number, output Output, public, salt []byte) []byte {
-	e := encoder{b: append([]byte(shareMagic), shareVersion)}
+func (v *Vault) encodeHeader(f *shareFile, id KeyID, n Number, output Output) []byte {
+	version := byte(heldVersion)
+	if f.class == Own {
+		version = ownVersion
+	}
+	e := encoder{b: append([]byte(shareMagic), version)}
 	e.text(v.host)
 	e.text(v.protector.Kind())
-	e.text("held")
+	e.text(f.class.String())
 	e.text(id.Name)
 	e.u64(id.Incarnation)
 	e.number(n)
 	e.raw(output[:])
-	e.bytes(public)
-	e.bytes(salt)
+	e.bytes(f.public)
+	e.bytes(f.salt)
+	if f.class == Own {
+		e.bytes(f.blob)
+	}
 	return e.b
 }
 
-// aead derives the key of a share's file.
-func (v *Vault) aead(header, salt []byte, erasure *[32]byte) (aead cipher.AEAD, err error) {
-	digest := sha256.Sum256(header)
+// aead derives the key of a share's file from that which the hardware seals.
+func (v *Vault) aead(sealed *secret.Bytes, f *shareFile, erasure *[32]byte) (aead cipher.AEAD, err error) {
+	digest := sha256.Sum256(f.header)
 	v.erasing.RLock()
 	defer v.erasing.RUnlock()
-	err = v.class.Use(func(class []byte) error {
-		ikm := append(append(make([]byte, 0, len(class)+len(erasure)), class...), erasure[:]...)
+	err = sealed.Use(func(sealed []byte) error {
+		ikm := append(append(make([]byte, 0, len(sealed)+len(erasure)), sealed...), erasure[:]...)
 		defer clear(ikm)
-		key, err := hkdf.Key(sha256.New, ikm, salt, "conseal share v1 "+string(digest[:]), 32)
+		key, err := hkdf.Key(sha256.New, ikm, f.salt, "conseal share v1 "+string(digest[:]), 32)
 		if err != nil {
 			return err
 		}
@@ -82,20 +124,28 @@ func (v *Vault) aead(header, salt []byte, erasure *[32]byte) (aead cipher.AEAD, 
 }
 
 // writeShare writes a share's file, and reads it back before it believes it.
-func (v *Vault) writeShare(id KeyID, n Number, output Output, public []byte, plain *secret.Bytes) (*share, error) {
+func (v *Vault) writeShare(ctx context.Context, class Class, id KeyID, n Number, output Output, public []byte, plain *secret.Bytes) (*share, error) {
 	s := &share{number: n, output: output, erasure: new([32]byte)}
 	rand.Read(s.file[:])
 	rand.Read(s.erasure[:])
-	salt := make([]byte, saltSize)
-	rand.Read(salt)
-	header := v.header(id, n, output, public, salt)
-	aead, err := v.aead(header, salt, s.erasure)
+	f := &shareFile{class: class, public: public, salt: make([]byte, saltSize)}
+	rand.Read(f.salt)
+	sealed := v.class
+	if class == Own {
+		var err error
+		if sealed, f.blob, err = v.protector.Seal(ctx, v.ownID(id, n)); err != nil {
+			return nil, fmt.Errorf("sealing a key for it: %w", err)
+		}
+		defer sealed.Wipe()
+	}
+	f.header = v.encodeHeader(f, id, n, output)
+	aead, err := v.aead(sealed, f, s.erasure)
 	if err != nil {
 		return nil, err
 	}
 	var file []byte
 	err = plain.Use(func(plain []byte) error {
-		file = aead.Seal(bytes.Clone(header), make([]byte, aead.NonceSize()), plain, header)
+		file = aead.Seal(bytes.Clone(f.header), make([]byte, aead.NonceSize()), plain, f.header)
 		return nil
 	})
 	if err != nil {
@@ -105,7 +155,7 @@ func (v *Vault) writeShare(id KeyID, n Number, output Output, public []byte, pla
 	if err := writeFile(v.sharePath(s.file), file, "vault/share"); err != nil {
 		return nil, err
 	}
-	back, err := v.readShare(id, s)
+	back, err := v.readShare(ctx, id, s)
 	if err != nil {
 		return nil, fmt.Errorf("reading it back: %w", err)
 	}
@@ -119,7 +169,7 @@ func (v *Vault) writeShare(id KeyID, n Number, output Output, public []byte, pla
 // readShareFile reads a share's file and checks that it is the one that the
 // manifest means.
 func (v *Vault) readShareFile(id KeyID, s *share) (*shareFile, error) {
-	b, err := readFile(v.sharePath(s.file), MaxShare+MaxPublic+4096)
+	b, err := readFile(v.sharePath(s.file), maxShareFile)
 	if err != nil {
 		return nil, err
 	}
@@ -127,25 +177,46 @@ func (v *Vault) readShareFile(id KeyID, s *share) (*shareFile, error) {
 		return nil, fmt.Errorf("file %s: %w: its content is not what was written; have this host's share recovered by the others", filepath.Base(v.sharePath(s.file)), ErrDamaged)
 	}
 	d := decoder{b: b}
-	d.take(len(shareMagic) + 1)
+	d.take(len(shareMagic))
+	version := d.take(1)
+	f := &shareFile{}
+	if !d.failed && version[0] == ownVersion {
+		f.class = Own
+	}
 	for range 4 { // host, kind of hardware, class, name
 		d.bytes()
 	}
 	d.take(8 + 16 + 32) // incarnation, number, output
-	f := &shareFile{public: d.bytes(), salt: d.bytes(), cipher: d.b}
-	f.header = b[:len(b)-len(d.b)]
-	if d.failed || !bytes.Equal(f.header, v.header(id, s.number, s.output, f.public, f.salt)) {
-		return nil, fmt.Errorf("file %s: %w: it is about another share", filepath.Base(v.sharePath(s.file)), ErrDamaged)
+	f.public, f.salt = d.bytes(), d.bytes()
+	if f.class == Own {
+		f.blob = d.bytes()
+	}
+	f.header, f.cipher = b[:len(b)-len(d.b)], d.b
+	if d.failed || !bytes.Equal(f.header, v.encodeHeader(f, id, s.number, s.output)) {
+		return nil, fmt.Errorf("file %s: %w: it is about another share, or of a version that this program does not know", filepath.Base(v.sharePath(s.file)), ErrDamaged)
 	}
 	return f, nil
 }
 
-func (v *Vault) readShare(id KeyID, s *share) (*secret.Bytes, error) {
+func (v *Vault) readShare(ctx context.Context, id KeyID, s *share) (*secret.Bytes, error) {
 	f, err := v.readShareFile(id, s)
 	if err != nil {
 		return nil, err
 	}
-	aead, err := v.aead(f.header, f.salt, s.erasure)
+	return v.decrypt(ctx, id, s, f)
+}
+
+// decrypt asks the hardware, if the share has a key of its own.
+func (v *Vault) decrypt(ctx context.Context, id KeyID, s *share, f *shareFile) (*secret.Bytes, error) {
+	sealed := v.class
+	if f.class == Own {
+		var err error
+		if sealed, err = v.protector.Open(ctx, v.ownID(id, s.number), f.blob); err != nil {
+			return nil, err
+		}
+		defer sealed.Wipe()
+	}
+	aead, err := v.aead(sealed, f, s.erasure)
 	if err != nil {
 		return nil, err
 	}

@@ -7,7 +7,9 @@
 //
 // The manifest holds an erasure key for each share and is encrypted under the
 // root, the one erasable secret of the [Protector]. A share is encrypted under
-// HKDF(class key, erasure key, header), where the hardware seals the class key.
+// HKDF(sealed key, erasure key, header), where the hardware seals that key: one for
+// all shares of class [Held], which an open vault keeps, or one for each of class
+// [Own], which it does not. [Vault.Reseal] moves a share to the other class.
 // What must not be forgotten or come back is written under a new root, and
 // [Protector.SetRoot] is the commit: older copies of the folder are noise from
 // then on. What is only added is written under the same root.
@@ -113,7 +115,7 @@ type Vault struct {
 	host      string
 	protector Protector
 	lock      *os.File
-	class     *secret.Bytes // key of the class "held", as long as the vault is open
+	class     *secret.Bytes // key of the class [Held], as long as the vault is open
 
 	now atomic.Pointer[manifest] // what the current slot says; never changed, only replaced
 
@@ -335,7 +337,7 @@ func (v *Vault) See(ctx context.Context, id KeyID, entry [32]byte) error {
 // Stage stores a new share beside all others: written, synced, read back,
 // decrypted and compared before it counts. public is the public output that
 // output is the digest of. The caller keeps share.
-func (v *Vault) Stage(ctx context.Context, id KeyID, n Number, output Output, public []byte, share *secret.Bytes) error {
+func (v *Vault) Stage(ctx context.Context, class Class, id KeyID, n Number, output Output, public []byte, share *secret.Bytes) error {
 	switch {
 	case share.Len() == 0 || share.Len() > MaxShare || len(public) > MaxPublic:
 		return fmt.Errorf("staging epoch %s of key %q: a share of %d and public output of %d bytes are outside the limits", n, id.Name, share.Len(), len(public))
@@ -351,7 +353,7 @@ func (v *Vault) Stage(ctx context.Context, id KeyID, n Number, output Output, pu
 		case len(r.shares) >= MaxStaged:
 			return fmt.Errorf("staging epoch %s: %d shares are staged already: raise the key's `incarnation` in the roster", n, MaxStaged)
 		}
-		s, err := v.writeShare(id, n, output, public, share)
+		s, err := v.writeShare(ctx, class, id, n, output, public, share)
 		if err != nil {
 			return fmt.Errorf("staging epoch %s: %w", n, err)
 		}
@@ -380,7 +382,7 @@ func (v *Vault) Vote(ctx context.Context, id KeyID, n Number, output Output) err
 		case r.voted != nil && n.Compare(r.voted.Number) <= 0 || n.Compare(r.active) <= 0:
 			return fmt.Errorf("voting for epoch %s: a higher one has this host's vote", n)
 		}
-		plain, err := v.readShare(id, s) // from the disk, whatever is opened in memory
+		plain, err := v.readShare(ctx, id, s) // from the disk, whatever is opened in memory
 		if err != nil {
 			return fmt.Errorf("voting for epoch %s: %w", n, err)
 		}
@@ -465,33 +467,115 @@ func (m *manifest) supersedes(d Drop) bool {
 	return false
 }
 
-// Lend opens a share and lends it to fn, which must not keep it.
-func (v *Vault) Lend(id KeyID, n Number, fn func(share []byte) error) error {
-	r := v.now.Load().keys[id]
-	if r == nil {
-		return fmt.Errorf("opening the share of key %q: %w", id.Name, ErrNoShare)
+// Reseal has the shares of each key in want rest under that class. What rests under
+// the other is written anew, as [Vault.Stage] does; then all that was is committed
+// under one new root and the old files are forgotten: no copy of them opens any more.
+// It does what it can, and returns what it could not do.
+func (v *Vault) Reseal(ctx context.Context, want map[KeyID]Class) error {
+	v.writing.Lock()
+	defer v.writing.Unlock()
+	if err := v.settle(ctx); err != nil {
+		return err
 	}
-	s := r.share(n)
+	next := v.now.Load().clone()
+	var old []share
+	var failed []error
+	for _, id := range next.sorted() {
+		class, ok := want[id]
+		if !ok {
+			continue
+		}
+		r := next.edit(id)
+		for i, s := range r.shares {
+			anew, err := v.rewrite(ctx, class, id, &s)
+			switch {
+			case err != nil:
+				failed = append(failed, fmt.Errorf("sealing the share of key %q, epoch %s, anew: %w", id.Name, s.number, err))
+			case anew != nil:
+				old = append(old, s)
+				r.shares[i] = *anew
+			}
+		}
+	}
+	if len(old) == 0 {
+		return errors.Join(failed...)
+	}
+	if err := v.commit(ctx, next, true, old); err != nil {
+		failed = append(failed, fmt.Errorf("sealing %d shares anew: %w", len(old), err))
+	}
+	return errors.Join(failed...)
+}
+
+// rewrite writes a share to a new file of that class; nil if it is of it already. The
+// old file is left: it counts until the commit.
+func (v *Vault) rewrite(ctx context.Context, class Class, id KeyID, s *share) (*share, error) {
+	f, err := v.readShareFile(id, s)
+	if err != nil || f.class == class {
+		return nil, err
+	}
+	plain, err := v.decrypt(ctx, id, s, f)
+	if err != nil {
+		return nil, err
+	}
+	defer plain.Wipe()
+	anew, err := v.writeShare(ctx, class, id, s.number, s.output, f.public, plain)
+	failpoint.Hit("vault/reseal/file")
+	return anew, err
+}
+
+// Lend opens a share and lends it to fn, which must not keep it. For a share of class
+// [Own] it asks the hardware each time, and keeps nothing.
+func (v *Vault) Lend(ctx context.Context, id KeyID, n Number, fn func(share []byte) error) error {
+	s := v.find(id, n)
 	if s == nil {
 		return fmt.Errorf("opening the share of key %q, epoch %s: %w", id.Name, n, ErrNoShare)
 	}
-	plain, err := v.openShare(id, s)
+	lent := false
+	err := v.lend(ctx, id, s, func(share []byte) error {
+		lent = true
+		return fn(share)
+	})
+	if err == nil || lent {
+		return err
+	}
+	if now := v.find(id, n); now != nil && now.file != s.file { // resealed meanwhile
+		return v.Lend(ctx, id, n, fn)
+	}
+	return fmt.Errorf("opening the share of key %q, epoch %s: %w", id.Name, n, err)
+}
+
+func (v *Vault) lend(ctx context.Context, id KeyID, s *share, fn func([]byte) error) error {
+	plain, class, err := v.openShare(ctx, id, s)
 	if err != nil {
-		return fmt.Errorf("opening the share of key %q, epoch %s: %w", id.Name, n, err)
+		return err
+	}
+	if class == Own {
+		defer plain.Wipe()
 	}
 	return plain.Use(fn)
 }
 
-func (v *Vault) openShare(id KeyID, s *share) (*secret.Bytes, error) {
+func (v *Vault) find(id KeyID, n Number) *share {
+	if r := v.now.Load().keys[id]; r != nil {
+		return r.share(n)
+	}
+	return nil
+}
+
+// openShare returns a share, which the caller wipes if it is of class [Own].
+func (v *Vault) openShare(ctx context.Context, id KeyID, s *share) (*secret.Bytes, Class, error) {
 	v.opened.Lock()
 	plain := v.opened.shares[s.file]
 	v.opened.Unlock()
 	if plain != nil {
-		return plain, nil
+		return plain, Held, nil
 	}
-	plain, err := v.readShare(id, s)
+	f, err := v.readShareFile(id, s)
+	if err == nil {
+		plain, err = v.decrypt(ctx, id, s, f)
+	}
 	if err != nil {
-		return nil, v.orErased(err, id, s)
+		return nil, 0, v.orErased(err, id, s)
 	}
 	v.opened.Lock()
 	defer v.opened.Unlock()
@@ -499,21 +583,23 @@ func (v *Vault) openShare(id KeyID, s *share) (*secret.Bytes, error) {
 	switch {
 	case v.closed:
 		plain.Wipe()
-		return nil, secret.ErrWiped
+		return nil, 0, secret.ErrWiped
 	case !v.holds(id, s): // erased meanwhile
 		plain.Wipe()
-		return nil, ErrNoShare
+		return nil, 0, ErrNoShare
+	case f.class == Own:
+		return plain, Own, nil
 	case first != nil:
 		plain.Wipe()
-		return first, nil
+		return first, Held, nil
 	}
 	v.opened.shares[s.file] = plain
-	return plain, nil
+	return plain, Held, nil
 }
 
 func (v *Vault) holds(id KeyID, s *share) bool {
-	r := v.now.Load().keys[id]
-	return r != nil && r.share(s.number) != nil && r.share(s.number).file == s.file
+	now := v.find(id, s.number)
+	return now != nil && now.file == s.file
 }
 
 // orErased replaces the error of reading a share by [ErrNoShare] if the share was
@@ -541,13 +627,13 @@ func (v *Vault) forget(erased []share) {
 
 // Public returns the public output of a share that the vault holds.
 func (v *Vault) Public(id KeyID, n Number) ([]byte, error) {
-	r := v.now.Load().keys[id]
-	if r == nil || r.share(n) == nil {
+	s := v.find(id, n)
+	if s == nil {
 		return nil, fmt.Errorf("public output of key %q, epoch %s: %w", id.Name, n, ErrNoShare)
 	}
-	f, err := v.readShareFile(id, r.share(n))
+	f, err := v.readShareFile(id, s)
 	if err != nil {
-		return nil, fmt.Errorf("public output of key %q, epoch %s: %w", id.Name, n, v.orErased(err, id, r.share(n)))
+		return nil, fmt.Errorf("public output of key %q, epoch %s: %w", id.Name, n, v.orErased(err, id, s))
 	}
 	return f.public, nil
 }

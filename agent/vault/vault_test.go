@@ -109,7 +109,7 @@ func (v *testVault) see(id vault.KeyID, entry byte) error {
 func (v *testVault) stage(id vault.KeyID, n vault.Number) error {
 	share := secret.Copy(content(id, n))
 	defer share.Wipe()
-	return v.Stage(v.t.Context(), id, n, output(id, n), public(id, n), share)
+	return v.Stage(v.t.Context(), vault.Held, id, n, output(id, n), public(id, n), share)
 }
 
 func (v *testVault) vote(id vault.KeyID, n vault.Number) error {
@@ -139,7 +139,7 @@ func (v *testVault) born(id vault.KeyID, n vault.Number) {
 // lends returns the error of lending a share, also if it is another one.
 func (v *testVault) lends(id vault.KeyID, n vault.Number) error {
 	lent := false
-	err := v.Lend(id, n, func(b []byte) error {
+	err := v.Lend(v.t.Context(), id, n, func(b []byte) error {
 		lent = true
 		if !bytes.Equal(b, content(id, n)) {
 			return errors.New("it is another share")
@@ -339,18 +339,18 @@ func TestStageRefusals(t *testing.T) {
 		"no incarnation":  {key("payments", 0), n11, 32, 0},
 		"name over 4 kiB": {key(strings.Repeat("n", 5000), 1), n11, vault.MaxShare, vault.MaxPublic},
 	} {
-		if err := v.Stage(t.Context(), c.id, c.n, vault.Output{}, make([]byte, c.public), secret.Random(c.share)); err == nil {
+		if err := v.Stage(t.Context(), vault.Held, c.id, c.n, vault.Output{}, make([]byte, c.public), secret.Random(c.share)); err == nil {
 			t.Errorf("%s: no error", name)
 		}
 	}
-	if err := v.Stage(t.Context(), payments, n11, vault.Output{}, nil, new(secret.Bytes)); err == nil {
+	if err := v.Stage(t.Context(), vault.Held, payments, n11, vault.Output{}, nil, new(secret.Bytes)); err == nil {
 		t.Error("a wiped share was staged")
 	}
 	if len(v.Keys()) != 0 {
 		t.Errorf("what was refused left records: %v", v.Keys())
 	}
-	must(t, v.Stage(t.Context(), payments, n12, vault.Output{}, make([]byte, vault.MaxPublic), secret.Random(vault.MaxShare)))
-	wantError(t, v.Stage(t.Context(), payments, n12, vault.Output{}, nil, share), nil, "already")
+	must(t, v.Stage(t.Context(), vault.Held, payments, n12, vault.Output{}, make([]byte, vault.MaxPublic), secret.Random(vault.MaxShare)))
+	wantError(t, v.Stage(t.Context(), vault.Held, payments, n12, vault.Output{}, nil, share), nil, "already")
 	must(t, v.Vote(t.Context(), payments, n12, vault.Output{}))
 	must(t, v.activate(payments, n12))
 	wantError(t, v.stage(payments, n11), nil, "1.2 is active")
@@ -607,6 +607,14 @@ func TestConcurrency(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	writers.Go(func() {
+		for i := range 9 {
+			class := []vault.Class{vault.Own, vault.Held}[i%2]
+			if err := v.Reseal(t.Context(), map[vault.KeyID]vault.Class{payments: class}); err != nil {
+				t.Error(err)
+			}
+		}
+	})
 	writers.Wait()
 	close(done)
 	lenders.Wait()
@@ -621,6 +629,9 @@ func TestConcurrency(t *testing.T) {
 	lenders.Wait()
 	v.reopen()
 	v.wantLends(payments, n11)
+	if own := v.Own(payments); len(own) != 1 {
+		t.Errorf("in the end %v rest under keys of their own, want epoch 1.1", own)
+	}
 	for w := range 3 {
 		v.wantLends(key(fmt.Sprint("key", w), 1), number(1, 1), number(4, 1))
 	}

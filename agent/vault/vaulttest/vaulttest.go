@@ -43,6 +43,7 @@ func Run(t *testing.T, newHost func(t *testing.T) Host) {
 		{"OtherHost", testOtherHost},
 		{"OlderFolder", testOlderFolder},
 		{"ErasedShare", testErasedShare},
+		{"OwnShare", testOwnShare},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.test(t, newHost) })
 	}

@@ -2,9 +2,11 @@ package vaulttest
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 
 	"conseal/agent/vault"
@@ -45,16 +47,16 @@ func openVault(t *testing.T, dir string, p vault.Protector) *vault.Vault {
 	return v
 }
 
-func stage(t *testing.T, v *vault.Vault, n vault.Number) {
+func stage(t *testing.T, v *vault.Vault, class vault.Class, n vault.Number) {
 	t.Helper()
 	share := secret.Copy(content(n))
 	defer share.Wipe()
-	must(t, v.Stage(t.Context(), payments, n, output(n), []byte("public "+n.String()), share))
+	must(t, v.Stage(t.Context(), class, payments, n, output(n), []byte("public "+n.String()), share))
 }
 
 func wantLends(t *testing.T, v *vault.Vault, n vault.Number) {
 	t.Helper()
-	must(t, v.Lend(payments, n, func(b []byte) error {
+	must(t, v.Lend(t.Context(), payments, n, func(b []byte) error {
 		if !bytes.Equal(b, content(n)) {
 			t.Errorf("epoch %s: it is another share", n)
 		}
@@ -65,7 +67,7 @@ func wantLends(t *testing.T, v *vault.Vault, n vault.Number) {
 // wantGone shows that a share is neither lent nor known.
 func wantGone(t *testing.T, v *vault.Vault, n vault.Number) {
 	t.Helper()
-	err := v.Lend(payments, n, func([]byte) error {
+	err := v.Lend(t.Context(), payments, n, func([]byte) error {
 		t.Errorf("epoch %s was lent", n)
 		return nil
 	})
@@ -86,8 +88,8 @@ func testVault(t *testing.T, newHost func(t *testing.T) Host) {
 	}
 	v := openVault(t, dir, h.Protector)
 	must(t, v.See(t.Context(), payments, output(first)))
-	stage(t, v, first)
-	stage(t, v, second)
+	stage(t, v, vault.Held, first)
+	stage(t, v, vault.Held, second)
 	must(t, v.Vote(t.Context(), payments, second, output(second)))
 	must(t, v.Activate(t.Context(), payments, second, []byte("certificate")))
 	wantLends(t, v, first)
@@ -122,7 +124,7 @@ func testVault(t *testing.T, newHost func(t *testing.T) Host) {
 func testOtherHost(t *testing.T, newHost func(t *testing.T) Host) {
 	h, other := newHost(t), newHost(t)
 	dir, v := create(t, h)
-	stage(t, v, first)
+	stage(t, v, vault.Held, first)
 	v.Close()
 
 	stolen := save(t, dir)
@@ -147,7 +149,7 @@ func testOtherHost(t *testing.T, newHost func(t *testing.T) Host) {
 func testOlderFolder(t *testing.T, newHost func(t *testing.T) Host) {
 	h := newHost(t)
 	dir, v := create(t, h)
-	stage(t, v, first)
+	stage(t, v, vault.Held, first)
 	before := save(t, dir)
 	must(t, v.Vote(t.Context(), payments, first, output(first)))
 	v.Close()
@@ -176,11 +178,11 @@ func testErasedShare(t *testing.T, newHost func(t *testing.T) Host) {
 	type copies struct{ vault, state string }
 	var saved []copies
 	remember := func() { saved = append(saved, copies{save(t, dir), save(t, h.State)}) }
-	stage(t, v, first)
+	stage(t, v, vault.Held, first)
 	remember()
-	stage(t, v, second)
+	stage(t, v, vault.Held, second)
 	remember()
-	stage(t, v, third)
+	stage(t, v, vault.Held, third)
 	must(t, v.Vote(t.Context(), payments, second, output(second)))
 	must(t, v.Activate(t.Context(), payments, second, []byte("certificate")))
 	remember()
@@ -207,4 +209,58 @@ func testErasedShare(t *testing.T, newHost func(t *testing.T) Host) {
 	wantGone(t, v, first)
 	wantLends(t, v, second)
 	wantLends(t, v, third)
+}
+
+// counting counts how often the hardware is asked for a sealed key.
+type counting struct {
+	vault.Protector
+	opened atomic.Int64
+}
+
+func (c *counting) Open(ctx context.Context, id string, blob []byte) (*secret.Bytes, error) {
+	c.opened.Add(1)
+	return c.Protector.Open(ctx, id, blob)
+}
+
+// testOwnShare has shares rest under keys of their own, staged so or moved, and puts
+// the folder back in which one of them still rested under the class key.
+func testOwnShare(t *testing.T, newHost func(t *testing.T) Host) {
+	h := newHost(t)
+	p := &counting{Protector: h.Protector}
+	h.Protector = p
+	dir, v := create(t, h)
+	stage(t, v, vault.Own, first)
+	stage(t, v, vault.Held, second)
+	before := save(t, dir)
+	for _, c := range []struct {
+		n    vault.Number
+		asks int64
+	}{{first, 3}, {second, 0}} {
+		asked := p.opened.Load()
+		for range 3 {
+			wantLends(t, v, c.n)
+		}
+		if got := p.opened.Load() - asked; got != c.asks {
+			t.Errorf("epoch %s was lent three times: the hardware was asked %d times, want %d", c.n, got, c.asks)
+		}
+	}
+	must(t, v.Reseal(t.Context(), map[vault.KeyID]vault.Class{payments: vault.Own}))
+	asked := p.opened.Load()
+	wantLends(t, v, second)
+	if p.opened.Load() != asked+1 {
+		t.Error("what was sealed anew opened without the hardware")
+	}
+	v.Close()
+	after := save(t, dir)
+
+	putBack(t, dir, before)
+	if _, err := vault.Open(t.Context(), dir, host, p); !errors.Is(err, vault.ErrStale) {
+		t.Errorf("a folder from before a share was sealed anew: %v", err)
+	}
+	putBack(t, dir, after)
+	v = openVault(t, dir, h.Reopen())
+	wantLends(t, v, first)
+	wantLends(t, v, second)
+	must(t, v.Reseal(t.Context(), map[vault.KeyID]vault.Class{payments: vault.Held}))
+	wantLends(t, v, first)
 }
