@@ -69,6 +69,7 @@ type Agent struct {
 	vaultError atomic.Pointer[string]
 	vaultRetry retry       // owned by reconcile
 	vaultNow   atomic.Bool // do not wait for vaultRetry
+	resealed   bool        // owned by reconcile
 
 	complaints complaints
 
@@ -361,6 +362,8 @@ func (a *Agent) opened(from protocol.HostID, open *peerpb.Open) error {
 		switch {
 		case errors.Is(err, errLedger):
 			reason = reasonNoLedger
+		case errors.Is(err, errSealed):
+			reason = reasonSealed
 		case errors.As(err, &party) && party.reason != "":
 			reason, text = party.reason, party.text
 		}

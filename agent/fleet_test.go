@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/base64"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -17,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -601,4 +603,171 @@ func TestWrongPINIsSentOnce(t *testing.T) {
 	must(t, os.WriteFile(gamma.Token.PINFile, pin, 0o600))
 	must(t, f.Start(ctx))
 	must(t, f.WaitReady(ctx, "first"))
+}
+
+// opened adds a key that is opened so.
+func opened(f *testenv.Fleet, name string, open string) string {
+	return f.Key(name, "ed25519", 2) + fmt.Sprintf("open = %q\n", open)
+}
+
+// unseals counts the commands TPM2_Unseal (TPM 2.0 part 2, 6.5.2) on a host's bus.
+func unseals(h *testenv.Host) *atomic.Int64 {
+	count := &atomic.Int64{}
+	h.Tap.Intercept(func(cmd []byte, next testenv.Exchange) ([]byte, error) {
+		if binary.BigEndian.Uint32(cmd[6:]) == 0x15e {
+			count.Add(1)
+		}
+		return next(cmd)
+	})
+	return count
+}
+
+// TestOpenings: how often a TPM is asked for the share of a key that is held, opened for
+// a time or for each use; and what a changed PCR does to each while the agent runs.
+func TestOpenings(t *testing.T) {
+	ctx, f := newFleet(t)
+	f.Keys += opened(f, "timed", "1h") + opened(f, "each", "each")
+	must(t, f.WriteRoster(2))
+	must(t, f.Start(ctx))
+	keys := []string{"first", "timed", "each"}
+	for _, key := range keys {
+		must(t, f.WaitReady(ctx, key))
+	}
+	alpha, beta := f.Host("alpha"), f.Host("beta")
+	count := unseals(alpha)
+	signs := func(key string, asks int64) {
+		t.Helper()
+		before := count.Load()
+		for range 3 {
+			r, err := alpha.Client().Sign(ctx, key, []byte("m"))
+			must(t, err)
+			must(t, verifyScheme("ed25519", r, []byte("m")))
+		}
+		if got := count.Load() - before; got != asks {
+			t.Errorf("three signatures of key %q unsealed %d times, want %d", key, got, asks)
+		}
+	}
+	signs("first", 0)
+	signs("timed", 1)
+	signs("each", 3)
+
+	must(t, alpha.Tap.Extend(4, "another boot loader"))
+	signs("first", 0)
+	signs("timed", 0)
+	if _, err := alpha.Client().Sign(ctx, "each", []byte("m")); reason(err) != "KEY_NOT_READY" || !strings.Contains(err.Error(), "PCR 4") {
+		t.Errorf("after a change of PCR 4: %v", err)
+	}
+	for _, h := range []*testenv.Host{beta, f.Host("gamma")} {
+		r, err := h.Client().Sign(ctx, "each", []byte("m"))
+		must(t, err)
+		if slices.Contains(r.Signers, "alpha") {
+			t.Errorf("%q signed", r.Signers)
+		}
+	}
+	waitCondition(ctx, t, alpha, "each", "sealed", "PCR 4")
+	must(t, f.Host("gamma").Stop(ctx))
+	if _, err := beta.Client().Sign(ctx, "each", []byte("m")); reason(err) != "NO_QUORUM" || !strings.Contains(err.Error(), `"alpha": sealed`) || !strings.Contains(err.Error(), "PCR 4") {
+		t.Errorf("asked on beta, with alpha only: %v", err)
+	}
+
+	must(t, alpha.Stop(ctx))
+	must(t, alpha.TPM.Restart(ctx))
+	alpha.Tap.Connect(alpha.TPM)
+	must(t, alpha.Start(ctx))
+	must(t, f.Host("gamma").Start(ctx))
+	for _, key := range keys {
+		must(t, f.WaitReady(ctx, key))
+		checkKey(ctx, t, f, key)
+	}
+	signs("each", 3)
+}
+
+func waitCondition(ctx context.Context, t *testing.T, h *testenv.Host, key, condition string, words string) {
+	t.Helper()
+	for {
+		k, err := h.Client().GetKey(ctx, key)
+		if err == nil && k.Condition == condition && strings.Contains(k.Detail, words) {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("key %q on %s is %s: %s (%v)", key, h.Name, k.GetCondition(), k.GetDetail(), err)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// TestOpenChanges moves resting shares with the roster, there and back, and kills alpha at
+// each place on the way.
+func TestOpenChanges(t *testing.T) {
+	ctx, f := newFleet(t, "-tags", "failpoints")
+	f.Keys += f.Key("second", "ed25519", 2)
+	must(t, f.WriteRoster(1))
+	must(t, f.Start(ctx))
+	keys := []string{"first", "second"}
+	for _, key := range keys {
+		must(t, f.WaitReady(ctx, key))
+	}
+	alpha, held := f.Host("alpha"), f.Keys
+	for i, point := range []string{"", "vault/share/written", "vault/share/renamed", "vault/reseal/file", "vault/reseal/file:2", "vault/manifest/written",
+		"vault/manifest/renamed", "vault/root/before", "vault/root/after", ""} {
+		must(t, f.Stop(ctx))
+		asks := int64(0)
+		if f.Keys = held; i%2 == 0 {
+			f.Keys, asks = strings.ReplaceAll(held, "[[key]]\n", "[[key]]\nopen = \"each\"\n"), 1
+		}
+		must(t, f.WriteRoster(2+i))
+		roots := rootsOf(ctx, t, alpha)
+		if point != "" {
+			hit := filepath.Join(f.Dir, "hit")
+			os.Remove(hit)
+			alpha.Env = []string{"FAILPOINT=" + point, "FAILPOINT_LOG=" + hit}
+			if err := alpha.Start(ctx); err == nil { // it may die before it answers
+				select {
+				case <-alpha.Process().Done():
+				case <-ctx.Done():
+					t.Fatalf("failpoint %s was not reached", point)
+				}
+				alpha.Kill()
+			}
+			name, _, _ := strings.Cut(point, ":")
+			if b, err := os.ReadFile(hit); err != nil || strings.TrimSpace(string(b)) != name {
+				t.Fatalf("failpoint %s: hit %q, %v", point, b, err)
+			}
+			alpha.Env = nil
+		}
+		must(t, f.Start(ctx))
+		count := unseals(alpha)
+		for _, key := range keys {
+			must(t, f.WaitReady(ctx, key))
+			before := count.Load()
+			_, err := alpha.Client().Sign(ctx, key, []byte("m"))
+			must(t, err)
+			if got := count.Load() - before; got != asks {
+				t.Errorf("after %q: a signature of %q unsealed %d times, want %d", point, key, got, asks)
+			}
+			checkKey(ctx, t, f, key)
+		}
+		s, err := alpha.Client().Status(ctx)
+		must(t, err)
+		if s.Roots != roots+1 {
+			t.Errorf("after %q: two shares were sealed anew under %d roots, want one", point, s.Roots-roots)
+		}
+		for _, h := range f.Hosts {
+			if got := shareFiles(t, h); got != len(keys) {
+				t.Errorf("after %q, %s has %d share files for %d keys", point, h.Name, got, len(keys))
+			}
+		}
+	}
+}
+
+// rootsOf is how many roots a stopped host has taken.
+func rootsOf(ctx context.Context, t *testing.T, h *testenv.Host) uint64 {
+	t.Helper()
+	p := openTPM(ctx, t, h, h.State())
+	defer p.Close(ctx)
+	v, err := vault.Open(ctx, filepath.Join(h.State(), "vault"), h.Name, p)
+	must(t, err)
+	defer v.Close()
+	return v.Stats().Roots
 }

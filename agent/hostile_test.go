@@ -39,6 +39,8 @@ type hardware struct {
 	mu   sync.Mutex
 	root []byte
 	keys map[string][]byte // by id and blob
+	// onOpen, if not nil, is asked before a key is opened, without mu.
+	onOpen func(id string) error
 }
 
 type noRootYet struct{}
@@ -60,6 +62,14 @@ func (h *hardware) Seal(_ context.Context, id string) (*secret.Bytes, []byte, er
 }
 
 func (h *hardware) Open(_ context.Context, id string, blob []byte) (*secret.Bytes, error) {
+	h.mu.Lock()
+	onOpen := h.onOpen
+	h.mu.Unlock()
+	if onOpen != nil {
+		if err := onOpen(id); err != nil {
+			return nil, err
+		}
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	key, ok := h.keys[id+string(blob)]

@@ -49,13 +49,20 @@ type active struct {
 	id          [32]byte // of the certificate
 	output      output
 	stock       *stock
-	shareholder
+	share       *custody
 }
 
 // close ends the epoch here: nothing of it signs any more.
 func (act *active) close() {
 	act.stock.close()
-	act.shareholder.close()
+	act.share.close()
+}
+
+// presigner is what prepares signatures, if the scheme can and the share is held:
+// a presignature signs without it, so that it would outlive its time.
+func (act *active) presigner() (presigner, bool) {
+	p, ok := act.share.held.(presigner)
+	return p, ok
 }
 
 // condition is what this host makes of a key; see apipb.Key.
@@ -150,7 +157,7 @@ func (k *key) lost(host protocol.HostID) {
 func (k *key) describe(self protocol.HostID) *apipb.Key {
 	out := &apipb.Key{
 		Name: k.id.Name, Scheme: k.entry.Scheme, Quorum: uint32(k.entry.Quorum), Hosts: names(k.holders),
-		Purpose: k.entry.Purpose, State: k.entry.State, Incarnation: k.id.Incarnation, Live: names(k.live(self)),
+		Purpose: k.entry.Purpose, Open: string(k.entry.Open), State: k.entry.State, Incarnation: k.id.Incarnation, Live: names(k.live(self)),
 	}
 	if act := k.active.Load(); act != nil {
 		out.PublicKey = act.output.spki
@@ -163,9 +170,19 @@ func (k *key) describe(self protocol.HostID) *apipb.Key {
 	return out
 }
 
-// activate makes a certified epoch the one that the key signs with: it reads the
-// share, checks it against the certificate and keeps it opened.
-func (k *key) activate(ctx context.Context, self protocol.HostID, c *epoch.Certificate, v *vault.Vault) error {
+// class is how the key's shares rest.
+func (k *key) class() vault.Class {
+	if _, held := k.entry.Open.Keep(); held {
+		return vault.Held
+	}
+	return vault.Own
+}
+
+// activate makes a certified epoch the one that the key signs with. A share that is
+// held is opened now and kept, any other when it is used; each time it is checked
+// against the certificate. changed is told when the hardware begins to refuse, and when
+// that ends.
+func (k *key) activate(ctx context.Context, self protocol.HostID, c *epoch.Certificate, v *vault.Vault, changed func()) error {
 	out, err := k.scheme.inspect(c.Public)
 	if err != nil {
 		return fmt.Errorf("reading the public output of key %q: %w", k.id.Name, err)
@@ -174,14 +191,20 @@ func (k *key) activate(ctx context.Context, self protocol.HostID, c *epoch.Certi
 		return fmt.Errorf("key %q: its certificate is for quorum %d of %q, the roster says %d of %q",
 			k.id.Name, out.quorum, out.holders, k.entry.Quorum, k.holders)
 	}
-	act := &active{certificate: c, id: c.Subject.ID(), output: out, stock: newStock()}
-	err = v.Lend(ctx, k.id, c.Subject.Number, func(share []byte) error {
-		act.shareholder, err = k.scheme.load(self, c.Public, share)
-		return err
-	})
-	if err != nil {
-		return err
+	keep, held := k.entry.Open.Keep()
+	share := newCustody(keep, func(ctx context.Context) (s shareholder, err error) {
+		err = v.Lend(ctx, k.id, c.Subject.Number, func(share []byte) error {
+			s, err = k.scheme.load(self, c.Public, share)
+			return err
+		})
+		return s, err
+	}, changed)
+	if held {
+		if share.held, err = share.open(ctx); err != nil {
+			return err
+		}
 	}
+	act := &active{certificate: c, id: c.Subject.ID(), output: out, stock: newStock(), share: share}
 	if old := k.active.Swap(act); old != nil {
 		old.close()
 	}

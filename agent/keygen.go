@@ -317,7 +317,7 @@ func (a *Agent) runKeygen(ctx context.Context, k *key, v *vault.Vault, n vault.N
 	}
 	defer share.Wipe()
 	output := epoch.OutputDigest(k.entry.Scheme, public)
-	if err := v.Stage(ctx, vault.Held, k.id, n, output, public, share); err != nil {
+	if err := v.Stage(ctx, k.class(), k.id, n, output, public, share); err != nil {
 		return fmt.Errorf("staging epoch %s of key %q: %w", n, k.id.Name, err)
 	}
 	failpoint.Hit("keygen/staged")

@@ -226,7 +226,7 @@ func (a *Agent) fill(ctx context.Context, k *key) {
 // signerSets lists the quorums that stock is kept for: this host with its neighbours
 // in the circle of live holders, so that every other host is in as many as any.
 func (a *Agent) signerSets(k *key, act *active) (sets [][]protocol.HostID) {
-	if _, ok := act.shareholder.(presigner); !ok || a.config.Limits.Presignatures == 0 {
+	if _, ok := act.presigner(); !ok || a.config.Limits.Presignatures == 0 {
 		return nil
 	}
 	others := slices.DeleteFunc(k.live(a.self), func(h protocol.HostID) bool { return h == a.self })
@@ -294,8 +294,8 @@ func (a *Agent) joinPresign(ctx context.Context, from protocol.HostID, k *key, b
 	if err := a.mayTakePart(from, k, act, b); err != nil {
 		return err
 	}
-	if _, ok := act.shareholder.(presigner); !ok || b.Request != [32]byte{} {
-		return &partyError{a.self, reasonRefused, "the key's scheme has no presignatures"}
+	if _, ok := act.presigner(); !ok || b.Request != [32]byte{} {
+		return &partyError{a.self, reasonRefused, "the key has no presignatures, by its scheme or by `open` in this host's roster"}
 	}
 	if !a.calm.idle() || !a.presigning.TryLock() {
 		return &partyError{a.self, reasonBusy, "it is not idle"}
@@ -313,7 +313,7 @@ func (a *Agent) joinPresign(ctx context.Context, from protocol.HostID, k *key, b
 }
 
 func (a *Agent) runPresign(ctx context.Context, k *key, act *active, owner protocol.HostID, signers []protocol.HostID, box *inbox, early []event) error {
-	session, err := act.shareholder.(presigner).presign(signing{id: box.id, self: a.self, coordinator: owner, signers: signers})
+	session, err := act.share.held.(presigner).presign(signing{id: box.id, self: a.self, coordinator: owner, signers: signers})
 	if err != nil {
 		hangUp(box, a.net.Send, err)
 		return err

@@ -26,6 +26,7 @@ func (a *Agent) reconcile(ctx context.Context) {
 	defer tick.Stop()
 	for {
 		a.openVault(ctx)
+		a.reseal(ctx)
 		for _, k := range a.sorted {
 			if ctx.Err() != nil {
 				return
@@ -42,6 +43,23 @@ func (a *Agent) reconcile(ctx context.Context) {
 	}
 }
 
+// reseal has all shares rest as the roster says, once, under one root: a TPM takes few
+// in its life. What fails is tried again, and said, when its key is taken up.
+func (a *Agent) reseal(ctx context.Context) {
+	v := a.vault.Load()
+	if v == nil || a.resealed {
+		return
+	}
+	a.resealed = true
+	want := map[vault.KeyID]vault.Class{}
+	for _, k := range a.sorted {
+		want[k.id] = k.class()
+	}
+	if err := v.Reseal(ctx, want); err != nil {
+		a.log.Warn("not every share rests as the roster says", "error", err)
+	}
+}
+
 // nudge makes reconcile look again soon.
 func (a *Agent) nudge() {
 	select {
@@ -53,6 +71,11 @@ func (a *Agent) nudge() {
 // settle takes one key a step further and says how it stands.
 func (a *Agent) settle(ctx context.Context, k *key) {
 	name, detail := a.step(ctx, k)
+	a.say(k, name, detail)
+}
+
+// say enters the condition of a key, and logs it if it is another than before.
+func (a *Agent) say(k *key, name, detail string) {
 	if k.setCondition(name, detail) {
 		a.log.Info("key", "key", k.id.Name, "condition", name, "detail", detail)
 	}
@@ -86,6 +109,9 @@ func (a *Agent) step(ctx context.Context, k *key) (name, detail string) {
 }
 
 func (a *Agent) ready(k *key) (name, detail string) {
+	if err := k.active.Load().share.refusal(); err != nil {
+		return "sealed", fmt.Sprintf("when it was used last, the hardware did not open this host's share: %v; it is asked again at each use", err)
+	}
 	live := k.live(a.self)
 	if len(live) >= k.entry.Quorum {
 		return "ready", ""
@@ -109,10 +135,17 @@ func (a *Agent) load(ctx context.Context, k *key, v *vault.Vault) (name, detail 
 	if err == nil {
 		err = a.checkCertificate(k, c)
 	}
-	if err == nil {
-		err = k.activate(ctx, a.self, c, v)
-	}
 	if err != nil {
+		return "refused", err.Error()
+	}
+	if err := v.Reseal(ctx, map[vault.KeyID]vault.Class{k.id: k.class()}); err != nil {
+		return "sealed", fmt.Sprintf("the roster says `open = %q`, and the share does not rest so yet: %v", k.entry.Open, err)
+	}
+	changed := func() {
+		name, detail := a.ready(k)
+		a.say(k, name, detail)
+	}
+	if err := k.activate(ctx, a.self, c, v, changed); err != nil {
 		return "refused", err.Error()
 	}
 	act := k.active.Load()

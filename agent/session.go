@@ -22,6 +22,7 @@ const (
 	reasonAborted   = "ABORTED"   // a protocol message was wrong, or time ran out
 	reasonNoLedger  = "NO_LEDGER" // the host's audit log cannot be written
 	reasonSuspended = "SUSPENDED"
+	reasonSealed    = "SEALED" // the host's hardware does not open its share
 	// the host does not have the presignature, so the next attempt goes without
 	reasonNoPresignature = "NO_PRESIGNATURE"
 )

@@ -215,11 +215,17 @@ func (a *Agent) attempt(ctx context.Context, r *request, signers []protocol.Host
 			return id, signed{}, err
 		}
 	}
+	share, done, err := r.act.borrow(ctx, with) // while the others do the same
+	if err != nil {
+		hangUp(box, a.net.Send, err)
+		return id, signed{}, err
+	}
+	defer done()
 	if err := a.letGo(ctx, r.k, box); err != nil {
 		hangUp(box, a.net.Send, err)
 		return id, signed{}, err
 	}
-	session, err := r.act.begin(signing{id: id, self: a.self, coordinator: a.self, signers: signers, message: r.message, digest: r.digest}, with)
+	session, err := begin(signing{id: id, self: a.self, coordinator: a.self, signers: signers, message: r.message, digest: r.digest}, share, with)
 	if err != nil {
 		hangUp(box, a.net.Send, err)
 		return id, signed{}, err
@@ -232,12 +238,20 @@ func (a *Agent) attempt(ctx context.Context, r *request, signers []protocol.Host
 	return id, sig, errors.Join(err, logged(ctx))
 }
 
-// begin makes the session of a signature.
-func (act *active) begin(in signing, with *presigned) (signature, error) {
+// borrow returns the share for a session of signing; none if there is a presignature.
+func (act *active) borrow(ctx context.Context, with *presigned) (share shareholder, done func(), err error) {
+	if with != nil {
+		return nil, func() {}, nil
+	}
+	return act.share.borrow(ctx)
+}
+
+// begin makes the session of a signature, from a share or a presignature.
+func begin(in signing, share shareholder, with *presigned) (signature, error) {
 	if with != nil {
 		return with.sign(in.id, in.digest)
 	}
-	return act.sign(in)
+	return share.sign(in)
 }
 
 // letGo waits until every signer has joined, and lets them begin, where signers send
@@ -314,7 +328,12 @@ func (a *Agent) joinSign(ctx context.Context, from protocol.HostID, k *key, b *p
 		Asker: string(from), Signers: names(b.Parties), SHA256: hex.EncodeToString(b.Request[:]), Size: len(message),
 		Presignature: with.name(),
 	})
-	session, err := act.begin(signing{id: box.id, self: a.self, coordinator: from, signers: b.Parties, message: message, digest: b.Request}, with)
+	share, done, err := act.borrow(ctx, with)
+	if err != nil {
+		return err
+	}
+	defer done()
+	session, err := begin(signing{id: box.id, self: a.self, coordinator: from, signers: b.Parties, message: message, digest: b.Request}, share, with)
 	if err != nil {
 		return err
 	}
@@ -415,6 +434,9 @@ func (a *Agent) signFailed(ctx context.Context, k *key, failures []error) error 
 			"ask again; if it stays so, `conseal status` and the agents' logs say which host is slow"}
 	case ctx.Err() != nil:
 		return &apiError{connect.CodeCanceled, "CANCELED", fmt.Sprintf("key %q: the caller left", k.id.Name), "ask again"}
+	case errors.Is(last, errSealed):
+		return &apiError{connect.CodeUnavailable, "KEY_NOT_READY", fmt.Sprintf("key %q is not ready on this host: %v", k.id.Name, last),
+			"mend what it says, or ask on another host of the key; the hardware is asked again at each use"}
 	}
 	return &apiError{connect.CodeInternal, "SIGNING_FAILED", fmt.Sprintf("key %q: %s", k.id.Name, joinErrors(failures)), "see the agents' logs"}
 }

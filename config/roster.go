@@ -81,6 +81,12 @@ type Key struct {
 	// PrehashedPresignatures lets such digests be signed with presignatures too,
 	// which is weaker against a caller who chooses digests: see docs/threats.md.
 	PrehashedPresignatures bool `toml:"prehashed_presignatures,omitempty"`
+	// Open says how long a host keeps its share opened in memory. "held": from the
+	// start of the agent on. A duration such as "15m", 1s to 24h: that long after the
+	// hardware opened it, used or not; the next use has the hardware open it again.
+	// "each": for one use. Without "held" there are no presignatures. Default: "held".
+	// docs/seal-policy.md says against whom each helps.
+	Open Opening `toml:"open"`
 }
 
 // PublicKey is a public key in the form of its scheme; hexadecimal as text.
@@ -126,6 +132,9 @@ func (r *report) roster(b []byte) (*Roster, error) {
 		if path := fmt.Sprintf("key[%d].incarnation", i); r.lines[path] == 0 {
 			roster.Keys[i].Incarnation = 1
 		}
+		if roster.Keys[i].Open == "" {
+			roster.Keys[i].Open = OpenHeld
+		}
 	}
 	roster.check(r)
 	if err := r.err(); err != nil {
@@ -169,7 +178,7 @@ func find[T any](list []T, is func(*T) bool) (*T, bool) {
 //	hosts by name: name, address, identity pin, protector, role;
 //	keys by name: name, incarnation, scheme, quorum, hosts*, state, purpose,
 //	    generate (0 or 1), public key, users*, askers*,       (* sorted)
-//	    prehashed, prehashed_presignatures (0 or 1)
+//	    prehashed, prehashed_presignatures (0 or 1), open
 func (r *Roster) Digest() [32]byte {
 	h := digest{sha256.New()}
 	h.text("conseal roster v1", r.Fleet)
@@ -192,6 +201,7 @@ func (r *Roster) Digest() [32]byte {
 		h.set(k.Askers)
 		h.flag(k.Prehashed)
 		h.flag(k.PrehashedPresignatures)
+		h.text(string(k.Open))
 	}
 	return h.sum()
 }
@@ -204,7 +214,8 @@ func (r *Roster) Digest() [32]byte {
 //
 // and nothing else: no address, version, state, purpose or user, so that a
 // change of these, or of another key, stops no host from signing while the
-// others catch up.
+// others catch up. Not open either: how a share rests and is opened is a matter
+// between a host and its hardware, and no protocol depends on it.
 func (r *Roster) EntryDigest(key string) ([32]byte, error) {
 	k, found := r.Key(key)
 	if !found {

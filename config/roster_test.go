@@ -13,6 +13,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"conseal/config"
 
@@ -55,11 +56,11 @@ func TestLoadRoster(t *testing.T) {
 		},
 		Keys: []config.Key{
 			{Name: "release", Scheme: "ed25519", Quorum: 2, Hosts: []string{"alpha", "beta", "gamma"}, State: "active", Purpose: "signs releases",
-				Incarnation: 1, Generate: true, Users: []string{"uid:1000", "deploy"}, Askers: []string{"alpha"}},
+				Incarnation: 1, Generate: true, Users: []string{"uid:1000", "deploy"}, Askers: []string{"alpha"}, Open: config.OpenHeld},
 			{Name: "old", Scheme: "ecdsa-p256", Quorum: 2, Hosts: []string{"beta", "alpha"}, State: "deleted", Purpose: "signed releases",
-				Incarnation: 2, PublicKey: append([]byte{2}, bytes.Repeat([]byte{0xdd}, 32)...)},
+				Incarnation: 2, PublicKey: append([]byte{2}, bytes.Repeat([]byte{0xdd}, 32)...), Open: config.OpenHeld},
 			{Name: "treasury", Scheme: "bip340", Quorum: 2, Hosts: []string{"alpha", "beta"}, State: "suspended", Purpose: "spends",
-				Incarnation: 1, PublicKey: bytes.Repeat([]byte{0xee}, 32)},
+				Incarnation: 1, PublicKey: bytes.Repeat([]byte{0xee}, 32), Open: "15m"},
 		},
 		Bytes: []byte(golden(t)),
 	}
@@ -160,6 +161,17 @@ roster:31: key "release" generate: the key is deleted: remove the mark`},
 		{"generate = true", "generate = true\nprehashed = true", `roster:32: key "release" prehashed: scheme ed25519 signs whole messages only`},
 		{"generate = true", "generate = true\nprehashed_presignatures = true", `roster:32: key "release" prehashed_presignatures: means nothing without ` + "`prehashed = true`"},
 		{`public_key = "eeee`, "prehashed = true\npublic_key = \"eeee", `roster:52: key "treasury" prehashed: scheme bip340 signs whole messages only`},
+		{`open = "15m"`, `open = ""`, `roster:53: key 3 open: "": wants "held", "each" or a duration of "1s" to "24h"`},
+		{`open = "15m"`, `open = "hold"`, `roster:53: key 3 open: "hold": wants "held", "each" or a duration of "1s" to "24h"`},
+		{`open = "15m"`, `open = "Held"`, `roster:53: key 3 open: "Held": wants "held", "each" or a duration of "1s" to "24h"`},
+		{`open = "15m"`, `open = "15"`, `roster:53: key 3 open: "15": wants "held", "each" or a duration of "1s" to "24h"`},
+		{`open = "15m"`, `open = "999ms"`, `roster:53: key 3 open: "999ms": wants "held", "each" or a duration of "1s" to "24h"`},
+		{`open = "15m"`, `open = "24h0m1s"`, `roster:53: key 3 open: "24h0m1s": wants "held", "each" or a duration of "1s" to "24h"`},
+		{`open = "15m"`, `open = "-15m"`, `roster:53: key 3 open: "-15m": wants "held", "each" or a duration of "1s" to "24h"`},
+		{`open = "15m"`, `open = 15`, `roster:53: key 3 open: 15: wants "held", "each" or a duration of "1s" to "24h"`},
+		{`open = "15m"`, `open = "15 m"`, `roster:53: key 3 open: "15 m": wants "held", "each" or a duration of "1s" to "24h"`},
+		{"scheme = \"ed25519\"", "scheme = \"ecdsa-p256\"\nprehashed = true\nprehashed_presignatures = true\nopen = \"each\"",
+			`roster:28: key "release" prehashed_presignatures: means nothing with ` + "`open = \"each\"`" + `: only keys that are held have presignatures`},
 		{`"deploy"`, `"1000"`, `roster:32: key "release" users: "1000": wants "uid:NUMBER" or the name of a user`},
 		{`"deploy"`, `"uid:01000"`, `roster:32: key "release" users: "uid:01000": wants "uid:NUMBER" or the name of a user`},
 		{`"deploy"`, `"uid:4294967295"`, `roster:32: key "release" users: "uid:4294967295": wants "uid:NUMBER" or the name of a user`},
@@ -304,7 +316,7 @@ protector = "tpm"
 	whole.text("conseal roster v1", "demo").number(7).number(3)
 	whole.text("alpha", "a:1", string(a[:]), "tpm", "").text("beta", "b:2", string(b[:]), "hsm", "").text("gamma", "c:3", string(c[:]), "tpm", "recovery")
 	whole.number(1).text("release").number(3).text("ed25519").number(2).number(2).text("alpha", "beta")
-	whole.text("active", "p").number(1).text("").number(2).text("uid:1", "uid:2").number(0).number(0).number(0)
+	whole.text("active", "p").number(1).text("").number(2).text("uid:1", "uid:2").number(0).number(0).number(0).text("held")
 	if got, want := r.Digest(), whole.sum(); got != want {
 		t.Errorf("Digest: got %x, want %x", got, want)
 	}
@@ -319,7 +331,7 @@ protector = "tpm"
 // The digests of the golden roster never change: hosts of two versions of this
 // program must agree on them.
 const (
-	goldenDigest = "741e03dcea788d3c8e5314c84ddeabd805d35590de788ccd0617f2ecb466bc7e"
+	goldenDigest = "f5f14dc5d238c096e8322e107b0fe7e082e42d96a01a66c8857e7a3e51b4be77"
 	goldenEntry  = "ffdae92f4db2fcecb786f0180cb780c518a10b447df7dff4d398242909ec6806" // of "release"
 )
 
@@ -358,7 +370,7 @@ func TestDigestIgnoresSpelling(t *testing.T) {
 		"white space":     strings.ReplaceAll(golden(t), " = ", "\t=   "),
 		"order of blocks": strings.Join([]string{blocks[0], blocks[6], blocks[3], blocks[5], blocks[1], blocks[4], blocks[2]}, "\n"),
 		"order of lists":  strings.NewReplacer(`"alpha", "beta"`, `"beta", "alpha"`, `"uid:1000", "deploy"`, `"deploy", "uid:1000"`).Replace(golden(t)),
-		"defaults":        strings.Replace(golden(t), `state = "active"`, "state = 'active'\nincarnation = 1\npublic_key = ''", 1),
+		"defaults":        strings.Replace(golden(t), `state = "active"`, "state = 'active'\nincarnation = 1\nopen = 'held'\npublic_key = ''", 1),
 		"upper case hex":  strings.Replace(golden(t), strings.Repeat("d", 64), strings.Repeat("D", 64), 1),
 	} {
 		if content == golden(t) {
@@ -394,6 +406,8 @@ func TestDigestCovers(t *testing.T) {
 		{`"deploy"`, `"deployer"`, false},
 		{`askers = ["alpha"]`, `askers = ["beta"]`, false},
 		{`askers = ["alpha"]`, ``, false},
+		{`state = "active"`, "state = 'active'\nopen = 'each'", false},
+		{`state = "active"`, "state = 'active'\nopen = '15m'", false},
 		{`incarnation = 2`, `incarnation = 3`, false}, // of another key
 		{`public_key = "ee`, `public_key = "ff`, false},
 	}
@@ -412,6 +426,22 @@ func TestDigestCovers(t *testing.T) {
 	quorum.Keys[0].Quorum = 3
 	if entryDigest(t, quorum, "release") == entry {
 		t.Error("another quorum: the entry's digest stays")
+	}
+}
+
+func TestOpening(t *testing.T) {
+	for _, test := range []struct {
+		open config.Opening
+		keep time.Duration
+		held bool
+	}{{"", 0, true}, {"held", 0, true}, {"each", 0, false}, {"1s", time.Second, false}, {"24h", 24 * time.Hour, false}, {"1h30m", 90 * time.Minute, false}} {
+		if keep, held := test.open.Keep(); keep != test.keep || held != test.held {
+			t.Errorf("%q: got %v, %v, want %v, %v", test.open, keep, held, test.keep, test.held)
+		}
+		var read config.Opening
+		if err := read.UnmarshalText([]byte(test.open)); (err == nil) != (test.open != "") || read != test.open {
+			t.Errorf("%q: read as %q, %v", test.open, read, err)
+		}
 	}
 }
 

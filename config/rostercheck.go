@@ -166,6 +166,9 @@ func (c *keyChecker) checkBirth(at string, k *Key) {
 	if k.PrehashedPresignatures && !k.Prehashed {
 		c.add(at+"prehashed_presignatures", "means nothing without `prehashed = true`")
 	}
+	if _, held := k.Open.Keep(); k.PrehashedPresignatures && !held {
+		c.add(at+"prehashed_presignatures", "means nothing with `open = %q`: only keys that are held have presignatures", k.Open)
+	}
 	if !pinned {
 		return
 	}

@@ -43,7 +43,7 @@ func TestOwnShareOpensThroughTheHardwareEachTime(t *testing.T) {
 		v.wantLends(payments, n11)
 		v.wantLends(backups, n11)
 	}
-	if want := slices.Repeat([]string{`share/own/web1/"payments"/1/1.1`}, 3); !slices.Equal(*asked, want) {
+	if want := slices.Repeat([]string{"share/own/web1/1/1.1/payments"}, 3); !slices.Equal(*asked, want) {
 		t.Errorf("the hardware was asked for %q, want %q", *asked, want)
 	}
 	if n := v.Opened(); n != 1 {
@@ -169,7 +169,7 @@ func TestResealDoesWhatItCan(t *testing.T) {
 		t.Errorf("own: %v and %v, want that of %s", v.Own(payments), v.Own(backups), payments.Name)
 	}
 	v.hw.onOpen = func(id string) error {
-		if strings.Contains(id, `"backups"`) {
+		if strings.Contains(id, "backups") {
 			return errHardware
 		}
 		return nil

@@ -76,9 +76,10 @@ func (v *Vault) sharePath(f fileName) string {
 	return filepath.Join(v.dir, sharesFolder, f.String()+".share")
 }
 
-// ownID binds a share's own key to its purpose, host, key and epoch.
+// ownID binds a share's own key to its purpose, host, key and epoch. The name is last:
+// it alone may be anything.
 func (v *Vault) ownID(id KeyID, n Number) string {
-	return fmt.Sprintf("share/own/%s/%q/%d/%s", v.host, id.Name, id.Incarnation, n)
+	return fmt.Sprintf("share/own/%s/%d/%s/%s", v.host, id.Incarnation, n, id.Name)
 }
 
 // encodeHeader encodes what a share's file is: moved to another key, epoch, host or

@@ -783,6 +783,9 @@ type Key struct {
 	Live []string `protobuf:"bytes,14,rep,name=live,proto3" json:"live,omitempty"`
 	// Only in StatusResponse: the signatures that this host has prepared.
 	Presignatures []*Presignatures `protobuf:"bytes,15,rep,name=presignatures,proto3" json:"presignatures,omitempty"`
+	// How long this host keeps its share opened, by the roster: "held", "each" (for one
+	// use) or a duration such as "15m".
+	Open          string `protobuf:"bytes,16,opt,name=open,proto3" json:"open,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -920,6 +923,13 @@ func (x *Key) GetPresignatures() []*Presignatures {
 		return x.Presignatures
 	}
 	return nil
+}
+
+func (x *Key) GetOpen() string {
+	if x != nil {
+		return x.Open
+	}
+	return ""
 }
 
 // Presignatures are signatures prepared with one set of signers.
@@ -1341,7 +1351,7 @@ const file_agent_api_conseal_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\"\x11\n" +
 	"\x0fListKeysRequest\"7\n" +
 	"\x10ListKeysResponse\x12#\n" +
-	"\x04keys\x18\x01 \x03(\v2\x0f.conseal.v1.KeyR\x04keys\"\xc5\x03\n" +
+	"\x04keys\x18\x01 \x03(\v2\x0f.conseal.v1.KeyR\x04keys\"\xd9\x03\n" +
 	"\x03Key\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06scheme\x18\x02 \x01(\tR\x06scheme\x12\x16\n" +
@@ -1359,7 +1369,8 @@ const file_agent_api_conseal_proto_rawDesc = "" +
 	"\vcertificate\x18\f \x01(\fR\vcertificate\x12 \n" +
 	"\vincarnation\x18\r \x01(\x04R\vincarnation\x12\x12\n" +
 	"\x04live\x18\x0e \x03(\tR\x04live\x12?\n" +
-	"\rpresignatures\x18\x0f \x03(\v2\x19.conseal.v1.PresignaturesR\rpresignatures\"W\n" +
+	"\rpresignatures\x18\x0f \x03(\v2\x19.conseal.v1.PresignaturesR\rpresignatures\x12\x12\n" +
+	"\x04open\x18\x10 \x01(\tR\x04open\"W\n" +
 	"\rPresignatures\x12\x18\n" +
 	"\asigners\x18\x01 \x03(\tR\asigners\x12\x14\n" +
 	"\x05ready\x18\x02 \x01(\rR\x05ready\x12\x16\n" +
