@@ -28,7 +28,7 @@ import (
 //	team KEY PUBLIC SECRET let the fleet that comes next have seal policies, signed with KEY, a file of ssh-keygen or a pkcs11: URI; the others
 //	                       are files: its public half, and its passphrase or PIN
 //	fleet KIND...          make hosts alpha, beta, gamma, ... with a tpm or an hsm each, and initialise them
-//	key NAME SCHEME T      declare a key of all hosts with quorum T; the roster is written with the next `up`
+//	key NAME SCHEME T [OPEN]  declare a key of all hosts with quorum T; the roster is written with the next `up`
 //	up [HOST...]           start agents, all unless named
 //	down [HOST...]         stop agents in order, all unless named
 //	crash HOST...          end agents as a power cut would
@@ -267,13 +267,16 @@ func (s *storyteller) disk(ts *testscript.TestScript, neg bool, args []string, d
 func (s *storyteller) key(ts *testscript.TestScript, neg bool, args []string) {
 	s.step(ts, neg, func(_ context.Context, st *story) error {
 		var quorum int
-		if len(args) != 3 || st.fleet == nil {
-			return errors.New("usage, after fleet: key NAME SCHEME QUORUM")
+		if len(args) < 3 || len(args) > 4 || st.fleet == nil {
+			return errors.New("usage, after fleet: key NAME SCHEME QUORUM [OPEN]")
 		}
 		if _, err := fmt.Sscan(args[2], &quorum); err != nil {
 			return err
 		}
 		st.fleet.Keys += st.fleet.Key(args[0], args[1], quorum)
+		if len(args) == 4 {
+			st.fleet.Keys += fmt.Sprintf("open = %q\n", args[3])
+		}
 		return nil
 	})
 }

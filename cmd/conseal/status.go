@@ -211,6 +211,7 @@ func printKey(w io.Writer, k *apipb.Key) error {
 	line("quorum", "%d of %d: %s", k.Quorum, len(k.Hosts), strings.Join(k.Hosts, ", "))
 	line("there now", "%s", strings.Join(k.Live, ", "))
 	line("state", "%s by the roster", k.State)
+	line("opened", "%s", opened(k.Open))
 	line("condition", "%s", k.Condition)
 	if k.Detail != "" {
 		line("", "%s", k.Detail)
@@ -220,6 +221,17 @@ func printKey(w io.Writer, k *apipb.Key) error {
 		line("epoch", "%d.%d, certificate %s", k.EpochRoster, k.EpochAttempt, short(k.Certificate))
 	}
 	return t.Flush()
+}
+
+// opened says in words how long a share stays opened.
+func opened(open string) string {
+	switch open {
+	case "held":
+		return "held while the agent runs"
+	case "each":
+		return "through the hardware for each use"
+	}
+	return "through the hardware, for " + open
 }
 
 func printJSON(w io.Writer, m proto.Message) error {
