@@ -299,9 +299,6 @@ func (a *authority) countUp(x *tx, branch func(session tpm2.TPMHandle) error) er
 	return err
 }
 
-// maxSteps bounds how far one revocation counts: each step wears NV memory.
-const maxSteps = 1000
-
 // Revoke ends all policies below r.Below, for good, and returns the counter's value. It
 // may be called again, also after a crash in the middle.
 func (t *TPM) Revoke(ctx context.Context, r *policy.Revocation) (counter uint64, err error) {
@@ -324,8 +321,8 @@ func (x *tx) revoke(r *policy.Revocation) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	if r.Below > counter && r.Below-counter > maxSteps {
-		return counter, fmt.Errorf("it is %d steps from version %d to %d, more than %d: is the number right?", r.Below-counter, counter, r.Below, maxSteps)
+	if r.Below > counter && r.Below-counter > policy.MaxSteps {
+		return counter, fmt.Errorf("it is %d steps from version %d to %d, more than %d: is the number right?", r.Below-counter, counter, r.Below, policy.MaxSteps)
 	}
 	approval, err := r.Approval(&a.Host)
 	if err != nil {

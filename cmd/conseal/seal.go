@@ -408,7 +408,9 @@ func sealSign(e *env) *cobra.Command {
 		Short: "Sign a policy for a host's measured state",
 		Long: `Sign a policy for the state in --measurement, over the PCRs that the host selects,
 or for a state that it will be in (--like, --pcr). By the event logs in the
-measurements it says which events differ, and what they do not account for. The
+measurements it says which events differ, and what they do not account for. It
+says which PCRs are signed, under which version, and whether the PIN is wanted: all
+that is from the measurement, which whoever carried it can have changed. The
 policies that the host has stay valid until they are revoked, so that an update can
 be allowed before it is made. It wants the host's PIN, if the host has one, unless
 --without-pin is given.`,
@@ -434,6 +436,13 @@ be allowed before it is made. It wants the host's PIN, if the host has one, unle
 			if p.Version < now.Revoked {
 				return fmt.Errorf("version %d is revoked already: all below %d are", p.Version, now.Revoked)
 			}
+			if p.Version-now.Revoked > policy.MaxSteps {
+				return fmt.Errorf("version %d is more than %d above %d, below which all are revoked: it could not be revoked. The measurement says so, "+
+					"and is wrong: compare it with the host, or give --version", p.Version, policy.MaxSteps, now.Revoked)
+			}
+			if _, err := io.WriteString(e.words(c, with.output), terms(p)); err != nil {
+				return err
+			}
 			b, err := p.Sign(key)
 			if err != nil {
 				return err
@@ -446,6 +455,22 @@ be allowed before it is made. It wants the host's PIN, if the host has one, unle
 	c.Flags().BoolVar(&withoutPIN, "without-pin", false, "let a host that has a PIN open in this state without it")
 	c.Flags().Uint64Var(&version, "version", 0, "its version, if not the next")
 	return c
+}
+
+// terms says what somebody is about to sign, beside the values of the PCRs.
+func terms(p *policy.Policy) string {
+	pin, measured := "opens WITHOUT a PIN", false
+	if p.PIN {
+		pin = "wants the host's PIN"
+	}
+	for _, v := range p.State {
+		measured = measured || len(bytes.Trim(v, "\x00")) > 0 && len(bytes.Trim(v, "\xff")) > 0
+	}
+	said := fmt.Sprintf("policy %d for host %q: over PCRs %v, %s\n", p.Version, p.Host, p.State.Indices(), pin)
+	if !measured {
+		said += "!! NOTHING WAS MEASURED into any of these PCRs: it opens whatever else was booted\n"
+	}
+	return said
 }
 
 func sealRevoke(e *env) *cobra.Command {

@@ -59,6 +59,10 @@ const (
 	maxComment  = 200
 )
 
+// MaxSteps bounds how far one revocation counts: each step wears NV memory. A policy whose
+// version is further above the counter could hardly be revoked.
+const MaxSteps = 1000
+
 // Signature is what the TPM checks over [Host.Digest].
 func (s *signatures) Signature() tpm2.TPMTSignature {
 	return tpm2.TPMTSignature{
