@@ -64,7 +64,7 @@ func (s *sealPolicies) read() (good []*policy.Policy, broken error) {
 		return nil, err
 	}
 	for _, file := range files {
-		b, err := os.ReadFile(file)
+		b, err := disk.ReadSmall(file, policy.MaxDocument) // with the TPM held: nothing here may wait
 		if err == nil {
 			var p *policy.Policy
 			if p, err = s.parse(b); err == nil {

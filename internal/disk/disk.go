@@ -81,14 +81,17 @@ func Sync(path string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// ReadSmall reads a file that must have at most max bytes. It follows no symbolic
-// link and does not wait on a FIFO.
+// ReadSmall reads a regular file that must have at most max bytes. It follows no
+// symbolic link and does not wait on a FIFO.
 func ReadSmall(path string, max int) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		return nil, errors.Join(err, fmt.Errorf("%s is no regular file", path))
+	}
 	b, err := io.ReadAll(io.LimitReader(f, int64(max)+1))
 	if err == nil && len(b) > max {
 		err = fmt.Errorf("%s is longer than %d bytes", path, max)

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"conseal/internal/disk"
 )
 
@@ -108,6 +110,13 @@ func TestReadSmall(t *testing.T) {
 	must(t, os.Symlink(path, path+".link"))
 	if _, err := disk.ReadSmall(path+".link", 4); err == nil {
 		t.Error("followed a symbolic link")
+	}
+	must(t, unix.Mkfifo(path+".fifo", 0o600))
+	writer, err := os.OpenFile(path+".fifo", os.O_RDWR, 0) // with one, a read waits for what it writes
+	must(t, err)
+	defer writer.Close()
+	if _, err := disk.ReadSmall(path+".fifo", 4); err == nil || !strings.Contains(err.Error(), "no regular file") {
+		t.Errorf("a FIFO: %v", err)
 	}
 }
 
