@@ -151,12 +151,13 @@ func (x *tx) rootPublic(written bool) (tpm2.TPMSNVPublic, error) {
 	}, err
 }
 
-// readIndex reads what is defined at an NV index; nil if nothing is.
+// readIndex reads what is defined at an NV index; nil if nothing is, which the TPM says
+// in a session that proves it.
 func (x *tx) readIndex(index uint32) (*tpm2.TPMSNVPublic, error) {
 	rsp, err := run(x, tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(index)})
 	var refused *CommandError
 	if errors.As(err, &refused) && refused.RC.Is(tpm2.TPMRCHandle) {
-		return nil, nil
+		return nil, x.noIndex(index)
 	}
 	if err != nil {
 		return nil, err
@@ -166,6 +167,23 @@ func (x *tx) readIndex(index uint32) (*tpm2.TPMSNVPublic, error) {
 		return nil, x.distrust("TPM2_NV_ReadPublic", err)
 	}
 	return public, nil
+}
+
+// noIndex makes sure that an index is not defined, as a refusal could be anybody's on the
+// bus: a root would pass for lost, or for withdrawn.
+func (x *tx) noIndex(index uint32) error {
+	rsp, err := run(x, tpm2.GetCapability{Capability: tpm2.TPMCapHandles, Property: index, PropertyCount: 1}, x.srk.witness())
+	if err != nil {
+		return err
+	}
+	list, err := rsp.CapabilityData.Data.Handles() // that one, or the next
+	if err != nil {
+		return x.distrust("TPM2_GetCapability", err)
+	}
+	if len(list.Handle) > 0 && list.Handle[0] == tpm2.TPMHandle(index) {
+		return x.distrust("TPM2_NV_ReadPublic", fmt.Errorf("NV index %#x is defined, and was said not to be", index))
+	}
+	return nil
 }
 
 // rootName is the name of the root's index as we defined it. It is computed and

@@ -5,6 +5,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-tpm/tpm2"
+
+	"conseal/testenv"
 	"conseal/tpm"
 )
 
@@ -37,5 +40,29 @@ func TestWithdraw(t *testing.T) {
 	_, err := h.Root(t.Context())
 	wantClass(t, err, tpm.ClassLost)
 	wantRoot(t, d, root)
+	wantNoHandles(t, h.tap)
+}
+
+// Somebody on the bus says that the root is gone already. It is not, and not said to be.
+func TestWithdrawOverABadBus(t *testing.T) {
+	h := newHost(t, 4)
+	root := setRoot(t, h.TPM)
+	hit := false
+	h.tap.Intercept(func(cmd []byte, next testenv.Exchange) ([]byte, error) {
+		if code(cmd) == tpm2.TPMCCNVReadPublic {
+			hit = true
+			return []byte{0x80, 0x01, 0, 0, 0, 10, 0, 0, 0x01, 0x8b}, nil // TPM_RC_HANDLE
+		}
+		return next(cmd)
+	})
+	steps, err := tpm.Withdraw(t.Context(), h.cfg)
+	_, readErr := h.Root(t.Context())
+	h.tap.Intercept(nil)
+	if !hit || err == nil || len(steps) > 0 {
+		t.Errorf("it says %q, %v", steps, err)
+	}
+	wantClass(t, err, tpm.ClassReset)
+	wantClass(t, readErr, tpm.ClassReset) // not lost
+	wantRoot(t, h.TPM, root)
 	wantNoHandles(t, h.tap)
 }
