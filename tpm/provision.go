@@ -142,9 +142,10 @@ func (x *tx) persist(primary *srk, h tpm2.TPMHandle) error {
 }
 
 // provideRoot finds or defines the NV index of the root, and sets x.wanted where
-// it was not given and no authority says.
+// it was not given and no authority says. What an earlier run returned shows that it
+// had defined it: it is not made a second time, as its loss would go unseen.
 func (x *tx) provideRoot() (made bool, err error) {
-	known := x.wanted != nil
+	known := x.wanted != nil || x.authority != nil && len(x.cfg.SRKName) > 0
 	if x.rule == nil {
 		if x.wanted, err = x.readPCRs(x.cfg.PCRs); err != nil {
 			return false, err
@@ -162,7 +163,7 @@ func (x *tx) provideRoot() (made bool, err error) {
 		return true, x.defineRoot()
 	}
 	if _, err := x.rootName(); err != nil {
-		if known || x.authority != nil && len(x.cfg.SRKName) > 0 {
+		if known {
 			return false, err
 		}
 		return false, fmt.Errorf("NV index %#x is in use, by something else or by a root made in another measured state: "+

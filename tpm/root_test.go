@@ -189,3 +189,23 @@ func TestOwnerCannotReadOrWriteRoot(t *testing.T) {
 	_, err = tpm.Open(t.Context(), h.cfg)
 	wantClass(t, err, tpm.ClassLost)
 }
+
+// The loss of a root is said by each later run of Provision too, with and without signed
+// policies.
+func TestLostRootIsNotMadeAnew(t *testing.T) {
+	for name, h := range map[string]*host{"fixed": newHost(t, 4), "governed": newGovernedHost(t, newTeam(t), 4)} {
+		undefine(t, h, tpm.DefaultNVRoot)
+		for range 2 {
+			p, err := tpm.Provision(t.Context(), h.cfg)
+			if tpm.ClassOf(err) != tpm.ClassLost {
+				t.Errorf("%s: %q, %v", name, p.Steps, err)
+			}
+		}
+		if _, err := tpm.Withdraw(t.Context(), h.cfg); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		fresh := h.cfg
+		fresh.SRKName, fresh.PCRWanted, fresh.Identity = nil, nil, nil
+		provision(t, fresh)
+	}
+}
