@@ -204,6 +204,10 @@ func TestLyingClaims(t *testing.T) {
 	if _, _, err := attest.NewChallenge(honest, x509.NewCertPool(), between); err == nil {
 		t.Error("a maker was trusted whom nobody named")
 	}
+	t.Setenv("SSL_CERT_FILE", filepath.Join(base, "tpm-ca", "swtpm-localca-rootca-cert.pem")) // what crypto/x509 trusts if not told
+	if _, _, err := attest.NewChallenge(honest, nil, between); err == nil {
+		t.Error("nobody was named, and whom the system trusts was trusted")
+	}
 
 	// Another TPM's AK under this one's EK: the form is right, and this TPM refuses.
 	mixed := *honest

@@ -102,6 +102,9 @@ const nonceSize = 32
 // NewChallenge checks a claim and makes the challenge for it. makers are the
 // certificates of TPM makers that are trusted, between those in between.
 func NewChallenge(c *Claim, makers, between *x509.CertPool) (*Challenge, *Pending, error) {
+	if makers == nil {
+		return nil, nil, errors.New("no makers of TPMs are named: the authorities of the web, whom crypto/x509 would trust, vouch for none")
+	}
 	certificate, err := checkEK(c.EKCertificate, makers, between)
 	if err != nil {
 		return nil, nil, fmt.Errorf("certificate of the endorsement key: %w", err)
