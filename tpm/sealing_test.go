@@ -5,6 +5,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-tpm/tpm2"
+
+	"conseal/tpm"
 	"conseal/tpm/attest"
 	"conseal/tpm/policy"
 )
@@ -114,4 +117,58 @@ func TestSealing(t *testing.T) {
 		t.Error("the TPM certifies what another made")
 	}
 	wantNoHandles(t, h.tap)
+}
+
+// What [attest.Sealing.Verify] says that a TPM does not tell: a host gives what it seals
+// an empty PIN.
+func TestSealingDoesNotTellThePIN(t *testing.T) {
+	m := newTeam(t)
+	h := newGovernedHost(t, m, 4)
+	ak := attested(t, h, 4).AK
+	host := m.authority("alpha").Host
+	want, err := host.AuthPolicy()
+	if err != nil {
+		t.Fatal(err)
+	}
+	srk, err := tpm2.ReadPublic{ObjectHandle: tpm2.TPMHandle(tpm.StandardSRKHandle)}.Execute(h.tap)
+	if err != nil {
+		t.Fatal(err)
+	}
+	parent := tpm2.AuthHandle{Handle: tpm.StandardSRKHandle, Name: srk.Name, Auth: tpm2.PasswordAuth(nil)}
+	made, err := tpm2.Create{
+		ParentHandle: parent, InPublic: tpm2.New2B(policy.SealedPublic(want, nil, true)),
+		InSensitive: tpm2.TPM2BSensitiveCreate{Sensitive: &tpm2.TPMSSensitiveCreate{Data: tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: make([]byte, 64)})}},
+	}.Execute(h.tap)
+	if err != nil {
+		t.Fatal(err)
+	}
+	loaded, err := tpm2.Load{ParentHandle: parent, InPrivate: made.OutPrivate, InPublic: made.OutPublic}.Execute(h.tap)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template, err := tpm2.Unmarshal[tpm2.TPMTPublic](claim(t, h).AK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{X: tpm2.TPM2BECCParameter{Buffer: []byte("conseal ak 1")}})
+	signer, err := tpm2.CreatePrimary{PrimaryHandle: tpm2.TPMRHEndorsement, InPublic: tpm2.New2B(*template)}.Execute(h.tap)
+	if err != nil {
+		t.Fatal(err)
+	}
+	nonce := bytes.Repeat([]byte{7}, 32)
+	rsp, err := tpm2.CertifyCreation{
+		SignHandle:   tpm2.AuthHandle{Handle: signer.ObjectHandle, Name: signer.Name, Auth: tpm2.PasswordAuth(nil)},
+		ObjectHandle: tpm2.NamedHandle{Handle: loaded.ObjectHandle, Name: loaded.Name}, QualifyingData: tpm2.TPM2BData{Buffer: nonce},
+		CreationHash: made.CreationHash, InScheme: tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull}, CreationTicket: made.CreationTicket,
+	}.Execute(h.tap)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &attest.Sealing{Public: made.OutPublic.Bytes(), Attest: rsp.CertifyInfo.Bytes(), Signature: tpm2.Marshal(rsp.Signature)}
+	if err := s.Verify(ak, nonce, want, true); err != nil {
+		t.Errorf("the documentation says that this passes: %v", err)
+	}
+	if err := s.Verify(ak, nonce, want, false); err == nil {
+		t.Error("it passes as one of a host without a PIN too")
+	}
 }

@@ -38,7 +38,8 @@ type Counter struct {
 	// [conseal/tpm/policy.State] in which the host was initialised. The latter is what the
 	// host quotes whenever it can make receipts.
 	Policy []byte
-	// PIN tells whether the host has one.
+	// PIN tells whether it is one as hosts with a PIN make it. The TPM does not tell which
+	// PIN: the owner can make the counter anew with another.
 	PIN bool
 }
 

@@ -21,9 +21,11 @@ type Sealing struct {
 
 // Verify checks a sealing: that the TPM of ak, which is from an [Attested], made the
 // object, that the object opens under authPolicy and in no other way
-// ([policy.Host.AuthPolicy]) and has a PIN if that is said, and that it was certified for this nonce, which the
-// verifier draws anew each time. It does not say that the host's shares are under this
-// key: what a host does with what it opens is not for its TPM to tell.
+// ([policy.Host.AuthPolicy]), and that it was certified for this nonce, which the
+// verifier draws anew each time. pin says whether the object is one as hosts with a PIN
+// make it, for which the TPM counts wrong ones; that its PIN is not empty, or not known to
+// everybody, a TPM does not tell. Nor does it tell that the host's shares are under this
+// key, and that nobody kept it when it was sealed: that is for the host to do.
 func (s *Sealing) Verify(ak *ecdsa.PublicKey, nonce, authPolicy []byte, pin bool) error {
 	if ak == nil || len(nonce) < nonceSize || len(authPolicy) != sha256.Size {
 		return errors.New("a sealing is checked by an attestation key, a nonce of 32 bytes and the digest of a policy")
