@@ -20,6 +20,7 @@ import (
 	"conseal/internal/secret"
 	"conseal/testenv"
 	"conseal/tpm"
+	"conseal/tpm/policy"
 )
 
 func TestSecretsStayOffTheBus(t *testing.T) {
@@ -410,4 +411,54 @@ func openPTY(t *testing.T) (master *os.File, path string) {
 		t.Fatal(err)
 	}
 	return master, fmt.Sprintf("/dev/pts/%d", n)
+}
+
+// Whoever sends commands of its own to the TPM of a host in the permitted state, on the
+// bus or as root, reads the root, unless the host has a PIN.
+func TestOwnCommandsOnTheBus(t *testing.T) {
+	without := newHost(t, 4)
+	with, _ := newPINHost(t, nil)
+	root := setRoot(t, without.TPM)
+	setRoot(t, with.TPM)
+	got, err := stealRoot(t, without, policy.State{4: make([]byte, 32)}, false)
+	if err != nil {
+		t.Fatalf("the documentation says that it can be read: %v", err)
+	}
+	use(t, root, func(b []byte) {
+		if !bytes.Equal(b, got) {
+			t.Error("another root was read")
+		}
+	})
+	for _, authValue := range []bool{false, true} {
+		if _, err := stealRoot(t, with, policy.State{4: make([]byte, 32)}, authValue); err == nil {
+			t.Error("the root of a host with a PIN was read without it")
+		}
+	}
+}
+
+func stealRoot(t *testing.T, h *host, state policy.State, authValue bool) ([]byte, error) {
+	t.Helper()
+	public, err := tpm2.NVReadPublic{NVIndex: tpm2.TPMHandle(tpm.DefaultNVRoot)}.Execute(h.tap)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, done, err := tpm2.PolicySession(h.tap, tpm2.TPMAlgSHA256, 16)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer done()
+	if _, err := state.Command(s.Handle()).Execute(h.tap); err != nil {
+		t.Fatal(err)
+	}
+	if authValue {
+		if _, err := (tpm2.PolicyAuthValue{PolicySession: s.Handle()}).Execute(h.tap); err != nil {
+			t.Fatal(err)
+		}
+	}
+	index := tpm2.NamedHandle{Handle: tpm2.TPMHandle(tpm.DefaultNVRoot), Name: public.NVName}
+	rsp, err := tpm2.NVRead{AuthHandle: tpm2.AuthHandle{Handle: index.Handle, Name: index.Name, Auth: s}, NVIndex: index, Size: tpm.KeySize}.Execute(h.tap)
+	if err != nil {
+		return nil, err
+	}
+	return rsp.Data.Buffer, nil
 }

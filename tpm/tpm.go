@@ -9,7 +9,8 @@
 // TPM that was cleared, replaced or is played by something on the bus is refused;
 // whatever is secret crosses the bus in a session salted to that key. What it does
 // not give: root on the running host, in a permitted state, can do all that the
-// agent can; a PCR value says what was measured, not that it was good; refusals of
+// agent can, and so can who sends commands of its own over the bus meanwhile, without a
+// PIN; what plays the TPM when the host is provisioned is taken for it; a PCR value says what was measured, not that it was good; refusals of
 // a TPM are not authenticated, so that something on the bus can deny service and
 // can claim that there is no root yet; and go-tpm's own buffers are not wiped.
 package tpm
