@@ -95,7 +95,7 @@ func (x *tx) pinned(fn func(pin []byte) error) error {
 	case errors.As(err, &refused) && (refused.RC.Is(tpm2.TPMRCAuthFail) || refused.RC.Is(tpm2.TPMRCBadAuth)):
 		p.good.Wipe()
 		p.good = nil
-		return x.pinRefused(v, err)
+		return x.pinRefused(v, known, err)
 	case err == nil && !known:
 		p.good.Wipe()
 		if p.good, err = v.Clone(); err != nil {
@@ -141,12 +141,16 @@ func (x *tx) mayTry(v *secret.Bytes) error {
 	return nil
 }
 
-// pinRefused remembers a PIN that was wrong.
-func (x *tx) pinRefused(v *secret.Bytes, cause error) error {
+// pinRefused remembers a PIN that was wrong. known tells that the TPM took it before.
+func (x *tx) pinRefused(v *secret.Bytes, known bool, cause error) error {
 	if err := x.pin.latch.Arm(v); err != nil {
 		return errors.Join(cause, err)
 	}
-	return fail(ClassAuth, "%w: %w; it is not sent again: put the right one into %s", pin.ErrRefused, cause, x.pin.source)
+	what := fmt.Sprintf("put the right one into %s, unless the TPM's owner made anew what it was for", x.pin.source)
+	if known {
+		what = "the TPM took it before, so that what it was for now was made anew by the TPM's owner, or is not this host's; then run `conseald clear-pin-latch`"
+	}
+	return fail(ClassAuth, "%w: %w; it is not sent again: %s", pin.ErrRefused, cause, what)
 }
 
 // close wipes what is kept.

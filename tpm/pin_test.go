@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -334,5 +335,82 @@ func TestPINReceipts(t *testing.T) {
 	setPIN(t, file, rightPIN)
 	if _, err := attest.VerifyReceipt(receipt(t, h, "four"), v.ak, bare, []byte("four")); err == nil {
 		t.Error("a verifier takes it for one of a host without a PIN")
+	}
+}
+
+// The owner makes an index anew with a PIN of their own. The right one is refused then, once,
+// and it is said why that can be.
+func TestIndexMadeAnewWithAnotherPIN(t *testing.T) {
+	for name, test := range map[string]struct {
+		index uint32
+		use   func(h *host) error
+		says  string
+	}{
+		"root":                  {tpm.DefaultNVRoot, func(h *host) error { _, err := h.Root(t.Context()); return err }, "the TPM took it before"},
+		"receipts":              {tpm.DefaultNVReceipts, func(h *host) error { _, err := h.Receipt(t.Context(), []byte("x")); return err }, "the TPM took it before"},
+		"root, after a restart": {tpm.DefaultNVRoot, func(h *host) error { _, err := open(t, h.cfg).Root(t.Context()); return err }, "unless the TPM's owner made anew"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h, _ := newPINHost(t, nil)
+			setRoot(t, h.TPM)
+			public := undefine(t, h, test.index)
+			public.Attributes.Written = false
+			_, err := tpm2.NVDefineSpace{AuthHandle: tpm2.TPMRHOwner, Auth: tpm2.TPM2BAuth{Buffer: []byte("the owner's")}, PublicInfo: tpm2.New2B(*public)}.Execute(h.tap)
+			if err != nil {
+				t.Fatal(err)
+			}
+			err = test.use(h)
+			wantPINRefused(t, err)
+			if !strings.Contains(err.Error(), test.says) {
+				t.Errorf("it does not say %q: %v", test.says, err)
+			}
+			wantPINRefused(t, test.use(h))
+			if got := failedTries(t, h); got != 1 {
+				t.Errorf("the PIN was sent %d times", got)
+			}
+		})
+	}
+}
+
+// A PIN that was taken, where that cannot be noted: no secret comes beside the error.
+func TestPINTakenAndNotNoted(t *testing.T) {
+	h, _ := newPINHost(t, nil)
+	setRoot(t, h.TPM)
+	_, blob := seal(t, h.TPM, "k")
+	cfg := h.cfg
+	cfg.StateDir = filepath.Join(t.TempDir(), "gone")
+	if root, err := open(t, cfg).Root(t.Context()); root != nil || err == nil {
+		t.Errorf("a root: %v, %v", root != nil, err)
+	}
+	if key, err := open(t, cfg).Open(t.Context(), "k", blob); key != nil || err == nil {
+		t.Errorf("a key: %v, %v", key != nil, err)
+	}
+}
+
+// A wrong PIN whose refusal does not come back is not known to be wrong: it is sent again,
+// and never so that the next failure would lock.
+func TestRefusalOfPINLost(t *testing.T) {
+	h, file := newPINHost(t, nil)
+	setRoot(t, h.TPM)
+	setPIN(t, file, "another PIN")
+	h.tap.Intercept(func(cmd []byte, next testenv.Exchange) ([]byte, error) {
+		answer, err := next(cmd)
+		if code(cmd) == tpm2.TPMCCNVRead {
+			return nil, net.ErrClosed
+		}
+		return answer, err
+	})
+	d := open(t, h.cfg)
+	for range 5 {
+		if _, err := d.Root(t.Context()); err == nil {
+			t.Fatal("a wrong PIN opens")
+		}
+	}
+	h.tap.Intercept(nil)
+	if tries := failedTries(t, h); tries != 2 { // of three, as swtpm has it
+		t.Errorf("%d failed tries", tries)
+	}
+	if _, err := d.Root(t.Context()); tpm.ClassOf(err) != tpm.ClassLockout {
+		t.Errorf("the last try: %v", err)
 	}
 }

@@ -102,7 +102,11 @@ func (x *tx) readRoot() (*secret.Bytes, error) {
 		root = secret.Copy(rsp.Data.Buffer)
 		return nil
 	})
-	return root, err
+	if err != nil {
+		root.Wipe() // the PIN was taken, and that could not be noted
+		return nil, err
+	}
+	return root, nil
 }
 
 // writeRoot sets sent as soon as the write may have an effect.

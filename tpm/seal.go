@@ -83,7 +83,11 @@ func (t *TPM) Open(ctx context.Context, id string, blob []byte) (*secret.Bytes, 
 			return nil
 		})
 	})
-	return key, err
+	if err != nil {
+		key.Wipe() // the PIN was taken, and that could not be noted
+		return nil, err
+	}
+	return key, nil
 }
 
 // idDigest is sealed with a key.
