@@ -220,7 +220,7 @@ func (a *authority) counterName(x *tx) (name tpm2.TPM2BName, written bool, err e
 	}
 	if found == nil {
 		return name, false, fail(ClassLost, "NV counter %#x is not defined any more: the TPM's owner removed it; provision again, "+
-			"and have the policies signed anew: all of before are revoked", a.Counter)
+			"and look with `conseal seal status` which policies the counter has left behind then: have those signed anew", a.Counter)
 	}
 	ours, err := a.CounterPublic(found.Attributes.Written)
 	if err != nil {

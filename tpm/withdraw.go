@@ -8,7 +8,9 @@ import (
 )
 
 // Withdraw takes what [Provision] made out of the TPM, the storage root key excepted,
-// which others may use: the root is gone then, and with it whatever was sealed. It
+// which others may use: the root is gone then, and with it whatever needs the root. Blobs
+// that somebody kept still load: the identity key signs, and what was sealed in one
+// measured state opens in that. With signed policies it does not, while their counter is gone. It
 // removes only what is this host's, may be run again after a crash, and says what it
 // did. cfg is as for Open.
 func Withdraw(ctx context.Context, cfg Config) (steps []string, err error) {

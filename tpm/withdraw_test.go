@@ -66,3 +66,31 @@ func TestWithdrawOverABadBus(t *testing.T) {
 	wantRoot(t, h.TPM, root)
 	wantNoHandles(t, h.tap)
 }
+
+// What Withdraw leaves: blobs that somebody kept. One that signed policies govern does not
+// open, also not by a policy that the counter has left behind when it is made again.
+func TestKeptBlobsAfterWithdraw(t *testing.T) {
+	m := newTeam(t)
+	for name, h := range map[string]*host{"fixed": newHost(t, 4), "governed": newGovernedHost(t, m, 4)} {
+		if name == "governed" {
+			m.allow(t, h, "now")
+		}
+		key, blob := seal(t, h.TPM, "k")
+		wantOpens(t, h.TPM, "k", blob, key)
+		if _, err := tpm.Withdraw(t.Context(), h.cfg); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := h.Identity(t.Context(), h.made.Identity); err != nil {
+			t.Errorf("%s: the documentation says that the identity key signs: %v", name, err)
+		}
+		again := h.cfg
+		again.SRKName, again.PCRWanted, again.Identity = nil, nil, nil
+		for _, when := range []string{"after", "initialised again"} {
+			got, err := h.Open(t.Context(), "k", blob)
+			if opens := err == nil && got.Equal(key); opens != (name == "fixed") {
+				t.Errorf("%s, %s: opens: %t, %v", name, when, opens, err)
+			}
+			provision(t, again)
+		}
+	}
+}
