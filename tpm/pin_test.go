@@ -207,6 +207,25 @@ func TestPoliciesAndPIN(t *testing.T) {
 	wantRefused(t, bare.SetRoot(t.Context(), secret.Random(tpm.KeySize)), "wants a PIN")
 }
 
+// A policy that waives the PIN does so until it is revoked, also beside later ones.
+func TestWaiverOfPIN(t *testing.T) {
+	m := newTeam(t)
+	h, file := newPINHost(t, m)
+	m.allow(t, h, "daily")
+	root := setRoot(t, h.TPM)
+	waiver := h.measured(t).Policy("the PIN is forgotten", h.measured(t).Taken)
+	waiver.PIN = false
+	m.installed = append(m.installed, m.sign(t, waiver))
+	later := m.allow(t, h, "daily again")
+	setPIN(t, file, "forgotten PIN")
+	wantRoot(t, open(t, h.cfg), root)
+	if _, err := h.Revoke(t.Context(), m.revocation(t, "alpha", later.Version)); err != nil {
+		t.Fatal(err)
+	}
+	_, err := open(t, h.cfg).Root(t.Context())
+	wantPINRefused(t, err)
+}
+
 // Whether a host has a PIN cannot be changed behind its back.
 func TestPINConfigurationChanged(t *testing.T) {
 	with, _ := newPINHost(t, nil)
@@ -367,6 +386,14 @@ func TestIndexMadeAnewWithAnotherPIN(t *testing.T) {
 			wantPINRefused(t, test.use(h))
 			if got := failedTries(t, h); got != 1 {
 				t.Errorf("the PIN was sent %d times", got)
+			}
+			// docs/threats.md: who has the disk now can tell a right guess from a wrong one.
+			latch := pin.Latch{Dir: h.cfg.StateDir, Name: "tpm-pin.latch"}
+			if err := latch.Check(secret.Copy([]byte(rightPIN))); !errors.Is(err, pin.ErrRefused) {
+				t.Errorf("the latch does not know the PIN: %v", err)
+			}
+			if err := latch.Check(secret.Copy([]byte("a guess"))); err != nil {
+				t.Error(err)
 			}
 		})
 	}
