@@ -21,6 +21,9 @@ func checkPCRs(indices []int) error {
 		if n < 0 || n > policy.LastPCR {
 			return fmt.Errorf("tpm: PCR %d does not exist: they are 0 to %d", n, policy.LastPCR)
 		}
+		if n == 16 || n == 23 {
+			return fmt.Errorf("tpm: PCR %d can be reset by any process: it says nothing", n)
+		}
 		if i > 0 && indices[i-1] == n {
 			return fmt.Errorf("tpm: PCR %d is given twice", n)
 		}

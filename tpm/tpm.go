@@ -53,8 +53,8 @@ type Config struct {
 	Device string
 	// Timeout bounds one command; zero is [DefaultTimeout].
 	Timeout time.Duration
-	// PCRs (0 to 23) of the SHA-256 bank that state the host's condition. At
-	// least one.
+	// PCRs (0 to 23, but 16 and 23, which any process may reset) of the SHA-256 bank
+	// that state the host's condition. At least one.
 	PCRs []int
 	// NVRoot is the NV index of the root; zero is [DefaultNVRoot].
 	NVRoot uint32

@@ -237,6 +237,8 @@ func TestConfigRefusals(t *testing.T) {
 		"no PCRs":         func(c *tpm.Config) { c.PCRs = nil },
 		"PCR twice":       func(c *tpm.Config) { c.PCRs = []int{7, 3, 7} },
 		"PCR 24":          func(c *tpm.Config) { c.PCRs = []int{24} },
+		"PCR 16":          func(c *tpm.Config) { c.PCRs = []int{7, 16} },
+		"PCR 23":          func(c *tpm.Config) { c.PCRs = []int{23} },
 		"PCR -1":          func(c *tpm.Config) { c.PCRs = []int{-1} },
 		"no address":      func(c *tpm.Config) { c.Device = "" },
 		"unknown address": func(c *tpm.Config) { c.Device = "usb:1" },
@@ -321,7 +323,7 @@ func TestDamagedBlobs(t *testing.T) {
 
 func TestChangedPCRsAreNamed(t *testing.T) {
 	// More than one TPM2_PCR_Read gives.
-	h := newHost(t, 11, 7, 0, 1, 2, 3, 4, 5, 6, 9, 14, 23)
+	h := newHost(t, 11, 7, 0, 1, 2, 3, 4, 5, 6, 9, 14, 22)
 	key, blob := seal(t, h.TPM, "k")
 	root := setRoot(t, h.TPM)
 	wantOpens(t, h.TPM, "k", blob, key)
