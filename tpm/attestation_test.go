@@ -3,7 +3,11 @@ package tpm_test
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/x509"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -227,4 +231,74 @@ func TestLyingClaims(t *testing.T) {
 		}
 	}
 	wantNoHandles(t, h.tap)
+}
+
+// A host claims a key in software for AK, whose public area says that it is in the TPM
+// and lets everybody use it. TPM2_LoadExternal takes that without the private part; a
+// challenge does not open for it, as only what has a private part there can authorize.
+func TestSoftwareKeyForAK(t *testing.T) {
+	h := newHost(t, 7)
+	anybody := tpm2.PolicyCommandCode{Code: tpm2.TPMCCActivateCredential}
+	calc, err := tpm2.NewPolicyCalculator(tpm2.TPMAlgSHA256)
+	if err == nil {
+		err = anybody.Update(calc)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := claim(t, h)
+	area, err := tpm2.Unmarshal[tpm2.TPMTPublic](c.AK)
+	if err != nil {
+		t.Fatal(err)
+	}
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	point, err := private.PublicKey.Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	area.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{X: tpm2.TPM2BECCParameter{Buffer: point[1:33]}, Y: tpm2.TPM2BECCParameter{Buffer: point[33:]}})
+	area.ObjectAttributes.AdminWithPolicy = true
+	area.AuthPolicy = tpm2.TPM2BDigest{Buffer: calc.Hash().Digest}
+	c.AK = tpm2.Marshal(*area)
+	sent, _ := challenge(t, c)
+	loaded, err := tpm2.LoadExternal{InPublic: tpm2.New2B(*area), Hierarchy: tpm2.TPMRHOwner}.Execute(h.tap)
+	if err != nil {
+		t.Fatal(err)
+	}
+	session := func(step func(s tpm2.Session) error) tpm2.Session {
+		t.Helper()
+		s, _, err := tpm2.PolicySession(h.tap, tpm2.TPMAlgSHA256, 16)
+		if err == nil {
+			err = step(s)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	ak := session(func(s tpm2.Session) error {
+		anybody.PolicySession = s.Handle()
+		_, err := anybody.Execute(h.tap)
+		return err
+	})
+	ek := session(func(s tpm2.Session) error {
+		_, err := tpm2.PolicySecret{AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHEndorsement, Auth: tpm2.PasswordAuth(nil)}, PolicySession: s.Handle(), NonceTPM: s.NonceTPM()}.Execute(h.tap)
+		return err
+	})
+	made, err := tpm2.CreatePrimary{PrimaryHandle: tpm2.TPMRHEndorsement, InPublic: tpm2.New2B(tpm2.RSAEKTemplate)}.Execute(h.tap)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = tpm2.ActivateCredential{
+		ActivateHandle: tpm2.AuthHandle{Handle: loaded.ObjectHandle, Name: loaded.Name, Auth: ak},
+		KeyHandle:      tpm2.AuthHandle{Handle: made.ObjectHandle, Name: made.Name, Auth: ek},
+		CredentialBlob: tpm2.TPM2BIDObject{Buffer: sent.Credential},
+		Secret:         tpm2.TPM2BEncryptedSecret{Buffer: sent.Secret},
+	}.Execute(h.tap)
+	if !errors.Is(err, tpm2.TPMRCAuthUnavailable) {
+		t.Errorf("ActivateCredential: %v", err)
+	}
 }
