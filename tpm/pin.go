@@ -124,6 +124,33 @@ func (x *tx) withPIN(fn func(auth []byte) error) error {
 	})
 }
 
+// provePIN makes sure that what is sealed next gets the PIN that the root has: sealed under
+// a slip in the file, a share would open for nobody who knows the right one. Before there
+// is a root nothing can be lost yet.
+func (x *tx) provePIN() error {
+	if x.pin == nil {
+		return nil
+	}
+	v, err := x.pin.read()
+	if err != nil {
+		return err
+	}
+	defer v.Wipe()
+	if x.pin.good != nil && x.pin.good.Equal(v) {
+		return nil
+	}
+	root, err := x.readRoot()
+	root.Wipe()
+	var none *noRootError
+	if errors.As(err, &none) {
+		return nil
+	}
+	if err == nil && (x.pin.good == nil || !x.pin.good.Equal(v)) {
+		err = fail(ClassAuth, "the PIN from %s is not tried by the seal policy that opens now, which waives it: nothing is sealed under a PIN that may be wrong", x.pin.source)
+	}
+	return err
+}
+
 // mayTry refuses to send a PIN that was refused before, or when a failure would lock
 // the TPM.
 func (x *tx) mayTry(v *secret.Bytes) error {

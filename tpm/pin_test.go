@@ -441,3 +441,38 @@ func TestRefusalOfPINLost(t *testing.T) {
 		t.Errorf("the last try: %v", err)
 	}
 }
+
+// Nothing is sealed under a PIN that is not the root's: a slip in the file would be noticed
+// when it is put right, and what was sealed meanwhile be lost.
+func TestNothingIsSealedUnderAWrongPIN(t *testing.T) {
+	for name, m := range map[string]*team{"fixed": nil, "governed": newTeam(t), "waived": newTeam(t)} {
+		t.Run(name, func(t *testing.T) {
+			h, file := newPINHost(t, m)
+			if m != nil {
+				m.allow(t, h, "daily")
+			}
+			root := setRoot(t, h.TPM)
+			key, blob := seal(t, h.TPM, "k")
+			if name == "waived" {
+				waiver := h.measured(t).Policy("the PIN is forgotten", h.measured(t).Taken)
+				waiver.PIN = false
+				m.installed = append(m.installed, m.sign(t, waiver))
+			}
+			setPIN(t, file, "a slip in the file")
+			for _, d := range []*tpm.TPM{h.TPM, open(t, h.cfg)} {
+				_, _, err := d.Seal(t.Context(), "l")
+				wantClass(t, err, tpm.ClassAuth)
+			}
+			if got := failedTries(t, h); got > 1 {
+				t.Errorf("%d failed tries", got)
+			}
+			setPIN(t, file, rightPIN)
+			wantRoot(t, h.TPM, root)
+			wantOpens(t, h.TPM, "k", blob, key)
+			if name != "waived" {
+				key, blob = seal(t, h.TPM, "l")
+				wantOpens(t, h.TPM, "l", blob, key)
+			}
+		})
+	}
+}

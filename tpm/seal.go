@@ -47,6 +47,9 @@ func (t *TPM) Seal(ctx context.Context, id string) (*secret.Bytes, []byte, error
 				return err
 			}
 		}
+		if err := x.provePIN(); err != nil {
+			return err
+		}
 		return x.withPIN(func(auth []byte) error {
 			return key.Use(func(k []byte) error {
 				s, err := x.seal(state, bytes.Join([][]byte{k, idDigest(id)}, nil), auth)
