@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"conseal/agent/vault"
 	"conseal/internal/secret"
 )
@@ -62,6 +64,20 @@ func TestDamagedManifest(t *testing.T) {
 	}
 	v.reopen()
 	v.wantLends(payments, n11)
+}
+
+// TestFIFOForAFile: what is put in a file's place is named, and waited for by nobody.
+func TestFIFOForAFile(t *testing.T) {
+	v := newVault(t)
+	v.born(payments, n11)
+	path := v.ShareFile(payments, n11)
+	must(t, os.Remove(path))
+	must(t, unix.Mkfifo(path, 0o600))
+	writer, err := os.OpenFile(path, os.O_RDWR, 0) // somebody holds it open
+	must(t, err)
+	defer writer.Close()
+	v.reopen()
+	wantError(t, v.lends(payments, n11), vault.ErrDamaged, "not a regular file")
 }
 
 // TestUnknownVersion: what a newer program wrote is left alone.

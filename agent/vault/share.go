@@ -305,11 +305,14 @@ func writeFile(path string, b []byte, point string) error {
 }
 
 func readFile(path string, limit int) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() { // a FIFO would be waited for
+		return nil, errors.Join(err, fmt.Errorf("file %s: %w: not a regular file", filepath.Base(path), ErrDamaged))
+	}
 	b, err := io.ReadAll(io.LimitReader(f, int64(limit)+1))
 	if err == nil && len(b) > limit {
 		err = fmt.Errorf("file %s: %w: over %d bytes", filepath.Base(path), ErrDamaged, limit)
