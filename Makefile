@@ -2,7 +2,7 @@
 GO      ?= go
 VERSION ?= $(shell git describe --always --dirty 2>/dev/null || echo devel)
 LDFLAGS  = -X main.version=$(VERSION)
-TOOLS    = swtpm:swtpm swtpm_setup:swtpm-tools certtool:gnutls-bin softhsm2-util:softhsm2 pkcs11-tool:opensc \
+TOOLS    = swtpm:swtpm swtpm_setup:swtpm-tools certtool:gnutls-bin softhsm2-util:softhsm2 pkcs11-tool:opensc certutil:libnss3-tools \
            tpm2_pcrread:tpm2-tools openssl:openssl ssh-keygen:openssh-client protoc:protobuf-compiler gcc:gcc git:git curl:curl
 # The race detector, but not inside the big-number arithmetic under ECDSA, which it
 # would make ten times slower and which shares nothing between goroutines.

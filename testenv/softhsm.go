@@ -12,22 +12,24 @@ import (
 	"strings"
 )
 
-// Token is a fresh SoftHSM token with a user PIN.
+// Token is a fresh token with a user PIN.
 type Token struct {
-	Conf    string // the configuration file, for SOFTHSM2_CONF
-	Store   string // the folder of the tokens' objects
-	Module  string // the PKCS#11 library
-	Label   string
-	Serial  string
-	PINFile string // mode 0600, holds the user PIN
-	URI     string // with token, serial, module-path and pin-source
+	Conf     string // SoftHSM's configuration file, for SOFTHSM2_CONF
+	Store    string // the folder of the tokens' objects
+	Module   string // the PKCS#11 library
+	InitArgs string // what C_Initialize gets as pReserved; empty but for NSS
+	Label    string
+	Serial   string // of SoftHSM
+	PINFile  string // mode 0600, holds the user PIN
+	URI      string // with token, module-path and pin-source, of SoftHSM with serial
 }
 
 // NewToken makes a SoftHSM token in dir; several calls on one dir make several
 // tokens of one store. A process sees it if it has [Token.Env] in its environment
 // before the module is initialised. A dir on /dev/shm is many times faster: SoftHSM
-// rewrites and syncs a file for each attribute of an object.
-func NewToken(ctx context.Context, dir string) (*Token, error) {
+// rewrites and syncs a file for each attribute of an object. More lines of
+// softhsm2.conf, such as "slots.mechanisms = CKM_...", hold for the whole dir.
+func NewToken(ctx context.Context, dir string, conf ...string) (*Token, error) {
 	if err := Need("softhsm2-util", "softhsm2"); err != nil {
 		return nil, err
 	}
@@ -42,7 +44,7 @@ func NewToken(ctx context.Context, dir string) (*Token, error) {
 	}
 	t.PINFile = filepath.Join(dir, t.Label+".pin")
 	pin := random[12:20]
-	if err := t.writeFiles(pin); err != nil {
+	if err := t.writeFiles(pin, conf); err != nil {
 		return nil, fmt.Errorf("preparing a SoftHSM token: %w", err)
 	}
 	if err := t.init(ctx, pin, rand.Text()[:16]); err != nil {
@@ -80,11 +82,11 @@ func Spy() (string, error) {
 	return "", errors.New("pkcs11-spy.so is needed and was not found; install it: apt-get install opensc-pkcs11")
 }
 
-func (t *Token) writeFiles(pin string) error {
+func (t *Token) writeFiles(pin string, more []string) error {
 	if err := os.Mkdir(t.Store, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	conf := "directories.tokendir = " + t.Store + "\nobjectstore.backend = file\nobjectstore.umask = 0077\nlog.level = ERROR\nslots.removable = false\n"
+	conf := "directories.tokendir = " + t.Store + "\nobjectstore.backend = file\nobjectstore.umask = 0077\nlog.level = ERROR\nslots.removable = false\n" + strings.Join(more, "\n") + "\n"
 	if err := os.WriteFile(t.Conf, []byte(conf), 0o600); err != nil {
 		return err
 	}
