@@ -122,6 +122,7 @@ func (m *HSM) check(r *report, used bool) {
 	case used && chosen == "" && m.URI != "" && err == nil:
 		r.add("protector.hsm.uri", "has no module-path: add ?module-path=%s", m.Modules[0])
 	}
+	r.oneOf("protector.hsm.method", m.Method, "aes-gcm", "aes-kw-enc", "aes-kw", "aes-kwp", "rsa-oaep-sha256", "hmac-sha256-prf", "rsa-oaep-sha1")
 	r.within("protector.hsm.max_sessions", m.MaxSessions, 1, 1024)
 }
 

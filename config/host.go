@@ -129,6 +129,14 @@ type HSM struct {
 	// inside the agent. Never empty.
 	// No default. Example: ["/usr/lib/softhsm/libsofthsm2.so"].
 	Modules []string `toml:"modules"`
+	// Method is how the token guards a key: "aes-gcm", "aes-kw-enc", "aes-kw", "aes-kwp",
+	// "rsa-oaep-sha256", "hmac-sha256-prf" or "rsa-oaep-sha1". `conseal hsm probe` says which
+	// this token can and which to set. No file of the host chooses it. It cannot be changed
+	// once the host was initialised. Default: "aes-gcm".
+	Method string `toml:"method"`
+	// InitArgs is a text for C_Initialize, for the libraries that want one there, as
+	// NSS softoken does. Default: "", none.
+	InitArgs string `toml:"init_args"`
 	// MaxSessions is how many sessions are open on the token at most, 1 to
 	// 1024. Default: 8.
 	MaxSessions int `toml:"max_sessions"`
@@ -191,7 +199,7 @@ func Default() *Host {
 				SRKHandle:  0x81000001,
 				Timeout:    30 * time.Second,
 			},
-			HSM: HSM{Modules: []string{}, MaxSessions: 8},
+			HSM: HSM{Modules: []string{}, Method: "aes-gcm", MaxSessions: 8},
 		},
 		Limits: Limits{
 			Message:         1 << 20,

@@ -5,7 +5,9 @@ package hsm
 import (
 	"context"
 	"crypto"
+	"crypto/rand"
 	"errors"
+	"slices"
 
 	"github.com/miekg/pkcs11"
 
@@ -57,7 +59,7 @@ var ParsePoint = parsePoint
 
 // Restart starts a module again, so that it sees tokens that were made meanwhile.
 func Restart(path string) error {
-	m, err := loadModule(path, nil)
+	m, err := loadModule(path, nil, "")
 	if err != nil {
 		return err
 	}
@@ -79,4 +81,59 @@ func MakeObject(key crypto.Signer) error {
 	s := key.(*tokenKey).s
 	s.name = "nobody"
 	return s.makeSentinel()
+}
+
+// SmallRSA makes RSA keys of 2048 bits, which take a fifth of the time, until its
+// result is called.
+func SmallRSA() (restore func()) {
+	sizes := rsaSizes
+	rsaSizes = sizes[1:]
+	return func() { rsaSizes = sizes }
+}
+
+// ForgeRoot makes the file of a root under the key of another root's file, signed by
+// anybody.
+func (h *HSM) ForgeRoot(ctx context.Context, file []byte, root *secret.Bytes, signer crypto.Signer) ([]byte, error) {
+	e, err := decodeEnvelope(file)
+	if err != nil {
+		return nil, err
+	}
+	bind := e.bind(label(h.cfg.Name, "root"), "root")
+	err = h.with(ctx, e, "root", func(s *session, key pkcs11.ObjectHandle) error {
+		return root.Use(func(b []byte) (err error) {
+			e.body, err = s.method.wrap(s, key, bind, b)
+			return err
+		})
+	})
+	if err != nil {
+		return nil, err
+	}
+	der, err := signer.Sign(rand.Reader, signedDigest(bind, e.body), crypto.SHA256)
+	e.body = slices.Concat([]byte{byte(len(der))}, der, e.body)
+	return e.encode(), err
+}
+
+// Wrap is one half of a method, without the session and the key.
+type Wrap = func(bind, in []byte) ([]byte, error)
+
+// SelfTest tries a method whose halves spoil makes of those of aes-gcm.
+func (h *HSM) SelfTest(ctx context.Context, spoil func(wrap, unwrap Wrap) (Wrap, Wrap)) error {
+	return h.change(ctx, func(s *session) error {
+		m, spoilt := methodOf("aes-gcm"), *methodOf("aes-gcm")
+		halves := func(s *session, key pkcs11.ObjectHandle) (Wrap, Wrap) {
+			return spoil(func(bind, in []byte) ([]byte, error) { return m.wrap(s, key, bind, in) },
+				func(bind, in []byte) ([]byte, error) { return m.unwrap(s, key, bind, in) })
+		}
+		spoilt.wrap = func(s *session, key pkcs11.ObjectHandle, bind, in []byte) ([]byte, error) {
+			wrap, _ := halves(s, key)
+			return wrap(bind, in)
+		}
+		spoilt.unwrap = func(s *session, key pkcs11.ObjectHandle, bind, in []byte) ([]byte, error) {
+			_, unwrap := halves(s, key)
+			return unwrap(bind, in)
+		}
+		other := *s
+		other.method = &spoilt
+		return other.selfTest(nil)
+	})
 }

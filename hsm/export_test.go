@@ -8,3 +8,6 @@ func Reencode(b []byte) ([]byte, error) {
 	}
 	return e.encode(), nil
 }
+
+// GuessErasure guesses what destroying a key is worth.
+var GuessErasure = guessErasure

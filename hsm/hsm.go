@@ -40,6 +40,13 @@ type Config struct {
 	// Name is the host's name: 1 to 63 of A-Z a-z 0-9 . _ -. It is part of
 	// every object's label, so that hosts can have one token in common.
 	Name string
+	// Method says how the token wraps, one of [Methods]; empty means [DefaultMethod].
+	// No file or blob chooses it. A host keeps the one that it was provisioned with.
+	Method string
+	// InitArgs is what C_Initialize gets as pReserved, for libraries that want a text
+	// there; empty for all others. NSS softoken wants
+	// "configdir='sql:/DIR' certPrefix='' keyPrefix='' secmod='secmod.db' flags=".
+	InitArgs string
 	// Modules, if not empty, are the only modules that may be loaded, by
 	// absolute path.
 	Modules []string
@@ -75,8 +82,11 @@ func (c Config) validate() (*URI, error) {
 	case c.MaxSessions < 0:
 		return nil, fmt.Errorf("hsm: max sessions is %d: must not be negative", c.MaxSessions)
 	}
-	if err := validName(c.Name); err != nil {
+	if err := errors.Join(validName(c.Name), validMethod(c.Method)); err != nil {
 		return nil, err
+	}
+	if strings.ContainsRune(c.InitArgs, 0) {
+		return nil, errors.New("hsm: the init args hold a NUL")
 	}
 	return u, validStateDir(c.StateDir)
 }

@@ -20,7 +20,8 @@ import (
 )
 
 // identity signs with the host's P-256 key in the token. The key can do nothing
-// else, and signs nothing but SHA-256 digests.
+// else, and signs nothing but SHA-256 digests: TLS, and what this package signs, each
+// with words of its own in front.
 type identity struct {
 	h      *HSM
 	id     keyID
@@ -42,15 +43,21 @@ func identityProperties() []property {
 // key in the token belongs to the public one, which labels do not. The signer
 // waits for a free session without limit, for [crypto.Signer] has no context.
 func (h *HSM) Identity(ctx context.Context) (crypto.Signer, error) {
-	i := &identity{h: h}
-	if err := h.do(ctx, i.load); err != nil {
-		return nil, fmt.Errorf("hsm: identity in %s: %w", h.Name(), err)
-	}
-	digest := sha256.Sum256(append([]byte("conseal hsm identity proof v1"), rand.Text()...))
-	if _, err := i.sign(ctx, digest[:]); err != nil {
+	i, err := h.loadIdentity(ctx)
+	if err != nil {
 		return nil, fmt.Errorf("hsm: identity in %s: %w", h.Name(), err)
 	}
 	return i, nil
+}
+
+func (h *HSM) loadIdentity(ctx context.Context) (*identity, error) {
+	i := &identity{h: h}
+	if err := h.do(ctx, i.load); err != nil {
+		return nil, err
+	}
+	digest := sha256.Sum256(append([]byte("conseal hsm identity proof v1"), rand.Text()...))
+	_, err := i.sign(ctx, digest[:])
+	return i, err
 }
 
 func (i *identity) load(s *session) error {
@@ -166,7 +173,7 @@ func (s *session) generateIdentity() error {
 		public := append([]*pkcs11.Attribute{
 			attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_VERIFY, true),
 			attr(pkcs11.CKA_EC_PARAMS, oidP256())}, append(name, extra...)...)
-		private := template(identityProperties(), append(name, extra...)...)
+		private := template(identityProperties(), append(name, append(extra, attr(pkcs11.CKA_TOKEN, true))...)...)
 		_, _, err := s.p.GenerateKeyPair(s.h,
 			[]*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_EC_KEY_PAIR_GEN, nil)}, public, private)
 		return failed("C_GenerateKeyPair", err)

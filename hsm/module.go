@@ -3,13 +3,16 @@
 package hsm
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync"
+	"unsafe"
 
 	"github.com/miekg/pkcs11"
 
@@ -22,7 +25,9 @@ import (
 type module struct {
 	path string
 	p    *pkcs11.Ctx
-	ours bool // C_Initialize was our call
+	args []byte         // for C_Initialize, with a NUL at the end
+	pin  runtime.Pinner // of args, for the library may keep them
+	ours bool           // C_Initialize was our call
 
 	// mu is held for reading during every call, and for writing while objects are
 	// made or destroyed and while the library is finalised and initialised:
@@ -39,24 +44,30 @@ var modules struct {
 }
 
 // loadModule loads and initialises a library, once in a process.
-func loadModule(path string, allowed []string) (*module, error) {
+func loadModule(path string, allowed []string, initArgs string) (*module, error) {
 	path, err := realModule(path, allowed)
 	if err != nil {
 		return nil, err
 	}
 	modules.mu.Lock()
 	defer modules.mu.Unlock()
+	args := append([]byte(initArgs), 0)
 	if m := modules.byPath[path]; m != nil {
+		if !bytes.Equal(m.args, args) {
+			return nil, fmt.Errorf("hsm: module %s runs in this process with other init args: it is initialised once", path)
+		}
 		return m, nil
 	}
 	p := pkcs11.New(path)
 	if p == nil {
 		return nil, fmt.Errorf("hsm: module %s cannot be loaded: look with ldd for a library that it lacks, and whether it is a PKCS#11 module for this machine", path)
 	}
-	m := &module{path: path, p: p}
-	err = p.Initialize()
+	m := &module{path: path, p: p, args: args}
+	m.pin.Pin(&m.args[0])
+	err = m.initialize()
 	m.ours = err == nil
 	if err != nil && !errors.Is(err, pkcs11.Error(pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED)) {
+		m.pin.Unpin()
 		return nil, fmt.Errorf("hsm: module %s: %w", path, failed("C_Initialize", err))
 	}
 	if modules.byPath == nil {
@@ -64,6 +75,13 @@ func loadModule(path string, allowed []string) (*module, error) {
 	}
 	modules.byPath[path] = m
 	return m, nil
+}
+
+func (m *module) initialize() error {
+	if len(m.args) == 1 {
+		return m.p.Initialize()
+	}
+	return m.p.Initialize(pkcs11.InitializeWithReserved(unsafe.Pointer(&m.args[0])))
 }
 
 // restart finalises and initialises the library: some only then see a token
@@ -81,7 +99,7 @@ func (m *module) restart(seen uint64) error {
 	if err := m.p.Finalize(); err != nil && !errors.Is(err, pkcs11.Error(pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED)) {
 		return failed("C_Finalize", err)
 	}
-	return failed("C_Initialize", m.p.Initialize())
+	return failed("C_Initialize", m.initialize())
 }
 
 // realModule resolves a library's path and checks that it is allowed and that

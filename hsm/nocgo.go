@@ -24,6 +24,9 @@ func Provision(context.Context, Config) (Provisioned, error) { return Provisione
 // OpenKey says that PKCS#11 needs cgo.
 func OpenKey(KeyConfig) (crypto.Signer, func(), error) { return nil, nil, errNoCgo }
 
+// Probe says that PKCS#11 needs cgo.
+func Probe(context.Context, Config) (*Report, error) { return nil, errNoCgo }
+
 // Close does nothing.
 func (h *HSM) Close() {}
 

@@ -12,10 +12,10 @@ import (
 
 // Objects of a host, by label:
 //
-//	conseal/<name>/wrap      AES-256 key that wraps the keys of shares
-//	conseal/<name>/root      AES-256 key that wraps the root, one a generation
+//	conseal/<name>/wrap      key of the method's kind that wraps the keys of shares
+//	conseal/<name>/root      key of the method's kind that wraps the root, one a generation
 //	conseal/<name>/identity  P-256 key pair
-//	conseal/<name>/sentinel  private data object, made last
+//	conseal/<name>/sentinel  private data object, made last; a key if the token takes no data
 //
 // The sentinel tells a lost key from a token whose storage is away: SoftHSM,
 // for one, then finds nothing and reports no error.
@@ -25,11 +25,22 @@ func attr(kind uint, value any) *pkcs11.Attribute { return pkcs11.NewAttribute(k
 
 func (s *session) label(what string) string { return label(s.name, what) }
 
+// anyClass finds objects of all classes.
+const anyClass = ^uint(0)
+
 // find gives all token objects of a class under a label. Whoever concludes
-// anything from an empty answer calls absent first.
+// anything from an empty answer calls sentinel first.
 func (s *session) find(class uint, label string, more ...*pkcs11.Attribute) ([]pkcs11.ObjectHandle, error) {
-	return s.search(append([]*pkcs11.Attribute{
-		attr(pkcs11.CKA_CLASS, class), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_LABEL, label)}, more...))
+	return s.findAny(class, label, append(more, attr(pkcs11.CKA_TOKEN, true))...)
+}
+
+// findAny gives session objects too.
+func (s *session) findAny(class uint, label string, more ...*pkcs11.Attribute) ([]pkcs11.ObjectHandle, error) {
+	template := append(more, attr(pkcs11.CKA_LABEL, label))
+	if class != anyClass {
+		template = append(template, attr(pkcs11.CKA_CLASS, class))
+	}
+	return s.search(template)
 }
 
 // search gives all objects that fit a template; of an empty answer see find.
@@ -85,7 +96,7 @@ func (s *session) sentinel() error {
 	if err != nil {
 		return err
 	}
-	if _, err = s.one(pkcs11.CKO_DATA, s.label("sentinel")); !errors.Is(err, errMissing) {
+	if _, err = s.one(anyClass, s.label("sentinel")); !errors.Is(err, errMissing) {
 		return err
 	}
 	return &Error{Class: ClassToken, What: fmt.Sprintf("object %s is not in the token: its storage is away, or it was never provisioned for this host", s.label("sentinel"))}
@@ -133,17 +144,8 @@ type property struct {
 // guarded are the properties of every secret and private key of ours.
 func guarded(usage ...property) []property {
 	return append([]property{
-		{pkcs11.CKA_TOKEN, "TOKEN", true}, {pkcs11.CKA_PRIVATE, "PRIVATE", true},
-		{pkcs11.CKA_SENSITIVE, "SENSITIVE", true}, {pkcs11.CKA_EXTRACTABLE, "EXTRACTABLE", false},
+		{pkcs11.CKA_PRIVATE, "PRIVATE", true}, {pkcs11.CKA_SENSITIVE, "SENSITIVE", true}, {pkcs11.CKA_EXTRACTABLE, "EXTRACTABLE", false},
 	}, usage...)
-}
-
-func aesProperties() []property {
-	return guarded(
-		property{pkcs11.CKA_ENCRYPT, "ENCRYPT", true}, property{pkcs11.CKA_DECRYPT, "DECRYPT", true},
-		property{pkcs11.CKA_WRAP, "WRAP", false}, property{pkcs11.CKA_UNWRAP, "UNWRAP", false},
-		property{pkcs11.CKA_SIGN, "SIGN", false}, property{pkcs11.CKA_VERIFY, "VERIFY", false},
-		property{pkcs11.CKA_DERIVE, "DERIVE", false})
 }
 
 // template makes a template of properties.
@@ -155,15 +157,22 @@ func template(properties []property, more ...*pkcs11.Attribute) []*pkcs11.Attrib
 }
 
 // frozen calls generate with what keeps a key from being changed or copied, and
-// with less where the token does not know that.
+// with less where the token does not know that, or fails over it as NSS does over
+// CKA_COPYABLE.
 func frozen(generate func(extra []*pkcs11.Attribute) error) (err error) {
 	unmodifiable, uncopyable := attr(pkcs11.CKA_MODIFIABLE, false), attr(pkcs11.CKA_COPYABLE, false)
 	for _, extra := range [][]*pkcs11.Attribute{{unmodifiable, uncopyable}, {unmodifiable}, nil} {
-		if err = generate(extra); ClassOf(err) != ClassPolicy {
+		if err = generate(extra); !unable(err) {
 			return err
 		}
 	}
 	return err
+}
+
+// unable tells whether a token failed at what it was asked, rather than was away.
+func unable(err error) bool {
+	c := ClassOf(err)
+	return c == ClassPolicy || c == ClassAmbiguous
 }
 
 // checkProperties reads a key's properties back; the token may have ignored the
@@ -172,86 +181,100 @@ func (s *session) checkProperties(h pkcs11.ObjectHandle, label string, propertie
 	never := []property{ // PKCS#11 v2.40 section 4.9: since its birth
 		{pkcs11.CKA_ALWAYS_SENSITIVE, "ALWAYS_SENSITIVE", true}, {pkcs11.CKA_NEVER_EXTRACTABLE, "NEVER_EXTRACTABLE", true}}
 	for _, p := range append(never, properties...) {
-		b, err := s.value(h, p.kind)
-		if err != nil {
-			return fmt.Errorf("reading CKA_%s of %s: %w", p.name, label, err)
-		}
-		if len(b) != 1 || (b[0] != 0) != p.want {
-			return &Error{Class: ClassPolicy, What: fmt.Sprintf("key %s: CKA_%s is not %t", label, p.name, p.want)}
+		if err := s.checkProperty(h, label, p); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-// generateAES makes an AES-256 key, unless one with this id exists, and checks it.
-func (s *session) generateAES(label string, id keyID) error {
-	_, err := s.one(pkcs11.CKO_SECRET_KEY, label, attr(pkcs11.CKA_ID, id[:]))
+func (s *session) checkProperty(h pkcs11.ObjectHandle, label string, p property) error {
+	b, err := s.value(h, p.kind)
+	if err != nil {
+		return fmt.Errorf("reading CKA_%s of %s: %w", p.name, label, err)
+	}
+	if len(b) != 1 || (b[0] != 0) != p.want {
+		return &Error{Class: ClassPolicy, What: fmt.Sprintf("key %s: CKA_%s is not %t", label, p.name, p.want)}
+	}
+	return nil
+}
+
+// makeKey makes a key of the method's kind, unless one with this id exists, and
+// checks it.
+func (s *session) makeKey(label string, id keyID) error {
+	_, err := s.one(s.method.key.class, label, attr(pkcs11.CKA_ID, id[:]))
 	if errors.Is(err, errMissing) {
-		err = frozen(func(extra []*pkcs11.Attribute) error {
-			_, err := s.p.GenerateKey(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_GEN, nil)},
-				template(aesProperties(), append(extra,
-					attr(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY), attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
-					attr(pkcs11.CKA_VALUE_LEN, keySize), attr(pkcs11.CKA_LABEL, label), attr(pkcs11.CKA_ID, id[:]))...))
-			return failed("C_GenerateKey", err)
-		})
+		_, err = s.generate(label, id, true)
 	}
 	if err == nil {
-		_, err = s.aesKey(label, id)
+		err = s.checkKey(label, id)
 	}
 	return err
 }
 
-// aesKey finds an AES key and checks what it may do.
-func (s *session) aesKey(label string, id keyID) (pkcs11.ObjectHandle, error) {
-	h, err := s.key(pkcs11.CKO_SECRET_KEY, label, attr(pkcs11.CKA_ID, id[:]))
+// generate makes a key of the method's kind in the token or, to be thrown away, in
+// the session.
+func (s *session) generate(label string, id keyID, token bool) (key pkcs11.ObjectHandle, err error) {
+	kind := s.method.key
+	name := []*pkcs11.Attribute{attr(pkcs11.CKA_LABEL, label), attr(pkcs11.CKA_ID, id[:]), attr(pkcs11.CKA_TOKEN, token)}
+	err = frozen(func(extra []*pkcs11.Attribute) error {
+		own := template(guarded(kind.usage...), append(extra, name...)...)
+		if kind.class == pkcs11.CKO_PRIVATE_KEY {
+			key, err = s.generateRSA(kind, own)
+			return err
+		}
+		key, err = s.p.GenerateKey(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(kind.generate, nil)}, append(own,
+			attr(pkcs11.CKA_CLASS, kind.class), attr(pkcs11.CKA_KEY_TYPE, kind.kind), attr(pkcs11.CKA_VALUE_LEN, keySize)))
+		return failed("C_GenerateKey", err)
+	})
+	return key, err
+}
+
+// rsaSizes are tried in this order, in bits.
+var rsaSizes = []int{3072, minRSA}
+
+// generateRSA makes a key pair. Nobody needs the public half, which goes at once.
+func (s *session) generateRSA(kind keyKind, private []*pkcs11.Attribute) (key pkcs11.ObjectHandle, err error) {
+	var half pkcs11.ObjectHandle
+	for _, bits := range rsaSizes {
+		public := []*pkcs11.Attribute{attr(pkcs11.CKA_TOKEN, false), attr(pkcs11.CKA_ENCRYPT, true),
+			attr(pkcs11.CKA_MODULUS_BITS, bits), attr(pkcs11.CKA_PUBLIC_EXPONENT, rsaExponent().Bytes())}
+		half, key, err = s.p.GenerateKeyPair(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(kind.generate, nil)}, public, private)
+		if err = failed("C_GenerateKeyPair", err); !unable(err) {
+			break
+		}
+	}
 	if err != nil {
 		return 0, err
 	}
-	for _, want := range []struct{ kind, value uint }{{pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES}, {pkcs11.CKA_VALUE_LEN, keySize}} {
-		b, err := s.value(h, want.kind)
+	return key, failed("C_DestroyObject", s.p.DestroyObject(s.h, half))
+}
+
+// checkKey finds a key of the method's kind and checks what it may do.
+func (s *session) checkKey(label string, id keyID) error {
+	h, err := s.key(s.method.key.class, label, attr(pkcs11.CKA_ID, id[:]))
+	if err != nil {
+		return err
+	}
+	return s.checkKind(h, label)
+}
+
+func (s *session) checkKind(h pkcs11.ObjectHandle, label string) error {
+	kind := s.method.key
+	numbers := map[uint]uint{pkcs11.CKA_KEY_TYPE: kind.kind}
+	if kind.class == pkcs11.CKO_SECRET_KEY {
+		numbers[pkcs11.CKA_VALUE_LEN] = keySize
+	} else if _, err := s.rsaPublic(h); err != nil {
+		return err
+	}
+	for attribute, want := range numbers {
+		b, err := s.value(h, attribute)
 		if err != nil {
-			return 0, err
+			return err
 		}
-		if len(b) != 8 || binary.NativeEndian.Uint64(b) != uint64(want.value) { // a CK_ULONG
-			return 0, &Error{Class: ClassPolicy, What: fmt.Sprintf("key %s is not an AES-256 key", label)}
+		if len(b) != 8 || binary.NativeEndian.Uint64(b) != uint64(want) { // a CK_ULONG
+			return &Error{Class: ClassPolicy, What: fmt.Sprintf("key %s is not of the kind that method %s needs", label, s.method.name)}
 		}
 	}
-	return h, s.checkProperties(h, label, aesProperties())
-}
-
-// seal wraps 32 bytes by AES-GCM inside the token (PKCS#11 v2.40 section 2.11.3). With
-// random IVs of 96 bits one key is good for 2^32 blobs (NIST SP 800-38D section 8.3).
-func (s *session) seal(key pkcs11.ObjectHandle, e *envelope, aad, plain []byte) error {
-	params := pkcs11.NewGCMParams(e.iv[:], aad, 8*tagSize)
-	defer params.Free()
-	if err := s.p.EncryptInit(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_GCM, params)}, key); err != nil {
-		return failed("C_EncryptInit", err)
-	}
-	ct, err := s.p.Encrypt(s.h, plain)
-	if err != nil {
-		return failed("C_Encrypt", err)
-	}
-	if string(params.IV()) != string(e.iv[:]) || len(ct) != len(e.ct) {
-		return &Error{Class: ClassPolicy, What: "C_Encrypt: the token replaces the IV of AES-GCM"}
-	}
-	e.ct = [keySize + tagSize]byte(ct)
-	return nil
-}
-
-// open undoes seal. The caller wipes what it returns.
-func (s *session) open(key pkcs11.ObjectHandle, e *envelope, aad []byte) ([]byte, error) {
-	params := pkcs11.NewGCMParams(e.iv[:], aad, 8*tagSize)
-	defer params.Free()
-	if err := s.p.DecryptInit(s.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_GCM, params)}, key); err != nil {
-		return nil, failed("C_DecryptInit", err)
-	}
-	plain, err := s.p.Decrypt(s.h, e.ct[:])
-	if err != nil {
-		return nil, failed("C_Decrypt", err)
-	}
-	if len(plain) != keySize {
-		clear(plain)
-		return nil, &Error{Class: ClassPolicy, What: fmt.Sprintf("C_Decrypt: the token gave %d bytes for %d", len(plain), keySize)}
-	}
-	return plain, nil
+	return s.checkProperties(h, label, guarded(kind.usage...))
 }

@@ -3,9 +3,12 @@
 package hsm
 
 import (
+	"bytes"
 	"context"
-	"crypto/rand"
+	"crypto/ecdsa"
+	"crypto/sha256"
 	"fmt"
+	"slices"
 
 	"github.com/miekg/pkcs11"
 
@@ -36,7 +39,7 @@ func (h *HSM) sealShare(ctx context.Context, id string, key *secret.Bytes) ([]by
 	if err := checkID(id); err != nil {
 		return nil, err
 	}
-	e := &envelope{kind: kindShare, key: h.wrap}
+	e := h.envelope(kindShare, h.wrap)
 	if err := h.seal(ctx, e, "wrap", id, key); err != nil {
 		return nil, err
 	}
@@ -66,42 +69,90 @@ func checkID(id string) error {
 	return nil
 }
 
+func (h *HSM) envelope(kind byte, key keyID) *envelope {
+	return &envelope{method: methodNumber(h.method.name), kind: kind, key: key}
+}
+
 // checkWrap finds the wrapping key and shows that it cannot leave the token,
 // gives back what it wrapped, and refuses what was changed.
 func (h *HSM) checkWrap(ctx context.Context) (id keyID, err error) {
+	if h.method.signed {
+		if h.signer, err = h.loadIdentity(ctx); err != nil {
+			return id, err
+		}
+	}
 	err = h.do(ctx, func(s *session) error {
-		k, err := s.key(pkcs11.CKO_SECRET_KEY, s.label("wrap"))
+		k, err := s.key(s.method.key.class, s.label("wrap"))
 		if err != nil {
 			return err
 		}
 		if id, err = s.keyID(k); err != nil {
 			return err
 		}
-		_, err = s.aesKey(s.label("wrap"), id)
-		return err
+		return s.checkKind(k, s.label("wrap"))
 	})
 	if err != nil {
 		return id, err
 	}
-	return id, h.canary(ctx, &envelope{kind: kindShare, key: id}, "wrap")
+	return id, h.canary(ctx, h.envelope(kindShare, id), "wrap")
 }
 
-// seal wraps a secret into e by the key that e and label name. The IV is fresh
-// in each try.
-func (h *HSM) seal(ctx context.Context, e *envelope, what, id string, plain *secret.Bytes) error {
-	return h.do(ctx, func(s *session) error {
-		k, err := s.key(pkcs11.CKO_SECRET_KEY, s.label(what), attr(pkcs11.CKA_ID, e.key[:]))
+// with runs fn with the key that e and its label name.
+func (h *HSM) with(ctx context.Context, e *envelope, what string, fn func(s *session, key pkcs11.ObjectHandle) error) error {
+	run := h.do
+	if h.method.objects {
+		run = h.change
+	}
+	return run(ctx, func(s *session) error {
+		k, err := s.key(s.method.key.class, s.label(what), attr(pkcs11.CKA_ID, e.key[:]))
 		if err != nil {
 			return err
 		}
-		rand.Read(e.iv[:])
-		return plain.Use(func(b []byte) error { return s.seal(k, e, e.bind(s.label(what), id), b) })
+		return fn(s, k)
 	})
+}
+
+// seal wraps a secret into e by the key that e and label name. Nothing of a try is
+// used again in another.
+func (h *HSM) seal(ctx context.Context, e *envelope, what, id string, plain *secret.Bytes) error {
+	bind := e.bind(label(h.cfg.Name, what), id)
+	err := h.with(ctx, e, what, func(s *session, key pkcs11.ObjectHandle) error {
+		return plain.Use(func(b []byte) (err error) {
+			e.body, err = s.method.wrap(s, key, bind, b)
+			return err
+		})
+	})
+	if err != nil || !h.method.signed {
+		return err
+	}
+	der, err := h.signer.sign(ctx, signedDigest(bind, e.body))
+	e.body = slices.Concat([]byte{byte(len(der))}, der, e.body)
+	return err
+}
+
+// signedDigest is what the identity key signs of an envelope.
+func signedDigest(bind, body []byte) []byte {
+	h := sha256.New()
+	h.Write([]byte("conseal hsm envelope v1"))
+	h.Write(bind) // says where it ends
+	h.Write(body)
+	return h.Sum(nil)
+}
+
+// verified takes the signature off a body.
+func (h *HSM) verified(bind, body []byte) ([]byte, error) {
+	if n := 1 + int(body[0]); n < len(body) && ecdsa.VerifyASN1(h.signer.public, signedDigest(bind, body[n:]), body[1:n]) {
+		return body[n:], nil
+	}
+	return nil, ErrNotAuthentic
 }
 
 // open unwraps e. Some tokens do not say whether the data or they are at fault;
 // then the key has to show that it works, and the data gets one more chance.
 func (h *HSM) open(ctx context.Context, e *envelope, what, id string) (*secret.Bytes, error) {
+	if err := e.made(methodNumber(h.method.name)); err != nil {
+		return nil, err
+	}
 	plain, err := h.unwrap(ctx, e, what, id)
 	if ClassOf(err) == ClassAmbiguous {
 		if h.canary(ctx, e, what) != nil {
@@ -119,12 +170,14 @@ func (h *HSM) open(ctx context.Context, e *envelope, what, id string) (*secret.B
 }
 
 func (h *HSM) unwrap(ctx context.Context, e *envelope, what, id string) (plain *secret.Bytes, err error) {
-	err = h.do(ctx, func(s *session) error {
-		k, err := s.key(pkcs11.CKO_SECRET_KEY, s.label(what), attr(pkcs11.CKA_ID, e.key[:]))
-		if err != nil {
-			return err
+	bind, body := e.bind(label(h.cfg.Name, what), id), e.body
+	if h.method.signed {
+		if body, err = h.verified(bind, body); err != nil {
+			return nil, err
 		}
-		b, err := s.open(k, e, e.bind(s.label(what), id))
+	}
+	err = h.with(ctx, e, what, func(s *session, key pkcs11.ObjectHandle) error {
+		b, err := s.method.unwrap(s, key, bind, body)
 		if err == nil {
 			plain = secret.Take(b)
 		}
@@ -136,7 +189,7 @@ func (h *HSM) unwrap(ctx context.Context, e *envelope, what, id string) (plain *
 // canary shows that the key which like names works: it wraps, unwraps, and does
 // not unwrap what was changed.
 func (h *HSM) canary(ctx context.Context, like *envelope, what string) error {
-	e := &envelope{kind: like.kind, key: like.key}
+	e := h.envelope(like.kind, like.key)
 	key := secret.Random(keySize)
 	defer key.Wipe()
 	if err := h.seal(ctx, e, what, "canary", key); err != nil {
@@ -153,7 +206,8 @@ func (h *HSM) canary(ctx context.Context, like *envelope, what string) error {
 	for _, id := range []string{"canary", "another"} { // the ciphertext, then the id
 		changed := *e
 		if id == "canary" {
-			changed.ct[0] ^= 1
+			changed.body = bytes.Clone(e.body)
+			changed.body[len(e.body)-1] ^= 1
 		}
 		got, err := h.unwrap(ctx, &changed, what, id)
 		got.Wipe()

@@ -12,8 +12,10 @@ import (
 )
 
 // Provision makes what a host needs in its token, unless it is there already: the
-// wrapping key, the identity key pair, and last the sentinel, which says that all
-// was made and works. It makes no root: SetRoot does.
+// identity key pair, the wrapping key, and last the sentinel, which says that all
+// was made and works. It makes no root: SetRoot does. Before a wrapping key is made,
+// the method shows with a throw-away key that it works on this token; if it does
+// not, the error says which method would.
 //
 // If the sentinel is there and a key is not, the key is lost. Provision then makes
 // nothing: a new key under an old name would hide the loss. If a key is there and
@@ -47,11 +49,11 @@ type object struct {
 
 func (h *HSM) objects() []object {
 	return []object{
-		{"wrapping key", "wrap", pkcs11.CKO_SECRET_KEY, (*session).generateWrap,
-			func(ctx context.Context) error { _, err := h.checkWrap(ctx); return err }},
 		{"identity key pair", "identity", pkcs11.CKO_PRIVATE_KEY, (*session).generateIdentity,
 			func(ctx context.Context) error { _, err := h.Identity(ctx); return err }},
-		{"sentinel", "sentinel", pkcs11.CKO_DATA, (*session).makeSentinel,
+		{"wrapping key", "wrap", h.method.key.class, (*session).generateWrap,
+			func(ctx context.Context) error { _, err := h.checkWrap(ctx); return err }},
+		{"sentinel", "sentinel", anyClass, (*session).makeSentinel,
 			func(ctx context.Context) error { return h.do(ctx, (*session).sentinel) }},
 	}
 }
@@ -60,7 +62,7 @@ func (h *HSM) objects() []object {
 func (h *HSM) ensure(ctx context.Context, o object) (done string, err error) {
 	var complete, there bool
 	err = h.do(ctx, func(s *session) (err error) {
-		if complete, err = s.has(pkcs11.CKO_DATA, "sentinel"); err == nil {
+		if complete, err = s.has(anyClass, "sentinel"); err == nil {
 			there, err = s.has(o.class, o.what)
 		}
 		return err
@@ -73,7 +75,7 @@ func (h *HSM) ensure(ctx context.Context, o object) (done string, err error) {
 	}
 	if there {
 		err := o.check(ctx)
-		if c := ClassOf(err); complete || c != ClassPolicy && c != ClassAmbiguous {
+		if complete || !unable(err) {
 			return "already there", err
 		}
 		if err := h.change(ctx, func(s *session) error { return s.remove(o) }); err != nil {
@@ -103,27 +105,41 @@ func (s *session) has(class uint, what string) (bool, error) {
 
 // remove destroys an object that was half made, and the public half of a key pair.
 func (s *session) remove(o object) error {
-	for _, class := range []uint{o.class, pkcs11.CKO_PUBLIC_KEY} {
-		all, err := s.find(class, s.label(o.what))
-		if err != nil {
-			return err
-		}
-		for _, x := range all {
-			if err := s.p.DestroyObject(s.h, x); err != nil {
-				return failed("C_DestroyObject", err)
-			}
+	return s.destroyAll(s.find(anyClass, s.label(o.what)))
+}
+
+func (s *session) destroyAll(all []pkcs11.ObjectHandle, err error) error {
+	for _, x := range all {
+		if err == nil {
+			err = failed("C_DestroyObject", s.p.DestroyObject(s.h, x))
 		}
 	}
-	return nil
+	return err
 }
 
 func (s *session) generateWrap() error {
-	var id keyID
-	rand.Read(id[:])
-	return s.generateAES(s.label("wrap"), id)
+	if err := s.selfTest(nil); err != nil {
+		return s.otherMethod(err)
+	}
+	return s.makeKey(s.label("wrap"), randomID())
 }
 
+func randomID() (id keyID) {
+	rand.Read(id[:])
+	return id
+}
+
+// makeSentinel makes a data object, or a key where the token takes none, as NSS and,
+// by their documents, CloudHSM do not.
 func (s *session) makeSentinel() error {
+	err := s.aside((*session).makeData)
+	if unable(err) {
+		_, err = s.generate(s.label("sentinel"), randomID(), true)
+	}
+	return err
+}
+
+func (s *session) makeData() error {
 	return frozen(func(extra []*pkcs11.Attribute) error {
 		_, err := s.p.CreateObject(s.h, append([]*pkcs11.Attribute{
 			attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_PRIVATE, true),

@@ -3,6 +3,7 @@
 package hsm
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
@@ -25,9 +26,9 @@ import (
 
 // rootChange is one SetRoot.
 //
-// The root of generation g is wrapped by a key of its own in the token, and the
-// wrapped root is the file hsm-root.<g>. SetRoot does, each step durable before
-// the next:
+// The root of generation g is wrapped by a key of its own in the token, whatever the
+// method (with RSA, a private key), and the wrapped root is the file hsm-root.<g>.
+// SetRoot does, each step durable before the next:
 //
 //  1. plan: choose g, above every key and root file that exists, and the id of its
 //     key, and write a plan of that id as hsm-root.<g>;
@@ -140,15 +141,15 @@ func (c *rootChange) plan(ctx context.Context) error {
 	}
 	binary.BigEndian.PutUint64(c.key[:8], g+1)
 	rand.Read(c.key[8:])
-	return c.h.putRootFile(&envelope{kind: kindPlan, key: c.key})
+	return c.h.putRootFile(c.h.envelope(kindPlan, c.key))
 }
 
 func (c *rootChange) makeKey(ctx context.Context) error {
-	return c.h.change(ctx, func(s *session) error { return s.generateAES(s.label("root"), c.key) })
+	return c.h.change(ctx, func(s *session) error { return s.makeKey(s.label("root"), c.key) })
 }
 
 func (c *rootChange) writeFile(ctx context.Context) error {
-	c.file = &envelope{kind: kindRoot, key: c.key}
+	c.file = c.h.envelope(kindRoot, c.key)
 	if err := c.h.seal(ctx, c.file, "root", "root", c.next); err != nil {
 		return err
 	}
@@ -161,7 +162,7 @@ func (c *rootChange) readBack(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if f.content == nil || *f.content != *c.file {
+	if f.content == nil || !bytes.Equal(f.content.encode(), c.file.encode()) {
 		return errors.New("the root's file is not what was written: check the disk")
 	}
 	got, err := c.h.open(ctx, f.content, "root", "root")
@@ -186,11 +187,7 @@ func (c *rootChange) giveUp(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), giveUpTime)
 	defer cancel()
 	_ = c.h.change(ctx, func(s *session) error { // if it stays, the next SetRoot takes it
-		all, err := s.find(pkcs11.CKO_SECRET_KEY, s.label("root"), attr(pkcs11.CKA_ID, c.key[:]))
-		for _, k := range all {
-			err = errors.Join(err, failed("C_DestroyObject", s.p.DestroyObject(s.h, k)))
-		}
-		return err
+		return s.destroyAll(s.find(anyClass, s.label("root"), attr(pkcs11.CKA_ID, c.key[:])))
 	})
 }
 
@@ -216,11 +213,11 @@ func (h *HSM) survey(ctx context.Context) (st rootState, err error) {
 			return st, err // it may open another time, so no older one may take its place
 		}
 	}
-	return st, st.judge(label(h.cfg.Name, "root"))
+	return st, st.judge(label(h.cfg.Name, "root"), methodNumber(h.method.name))
 }
 
 // judge says why no root opens.
-func (st rootState) judge(label string) error {
+func (st rootState) judge(label string, method byte) error {
 	var newest *rootFile // that is no plan
 	var planned []keyID
 	for _, f := range st.files {
@@ -236,6 +233,8 @@ func (st rootState) judge(label string) error {
 		return fmt.Errorf("%d root keys and no root file: %w", len(st.keys), ErrStale)
 	case newest == nil:
 		return &noRoot{label}
+	case newest.content != nil && newest.content.method != method:
+		return fmt.Errorf("%s%d: %w", rootFilePrefix, newest.generation, newest.content.made(method))
 	case newest.content == nil || slices.Contains(st.keys, newest.content.key):
 		return fmt.Errorf("%s%d: %w", rootFilePrefix, newest.generation, ErrNotAuthentic)
 	case len(st.keys) > 0 && st.keys[len(st.keys)-1].generation() >= newest.generation:
@@ -320,10 +319,11 @@ type rootKey struct {
 	handle pkcs11.ObjectHandle
 }
 
-// rootKeys gives all root keys, oldest first. That there is none is believed only
-// of a token that shows the sentinel.
+// rootKeys gives all root keys, oldest first, whatever their class: one that another
+// method made could open an old root as well. That there is none is believed only of a
+// token that shows the sentinel.
 func (s *session) rootKeys() ([]rootKey, error) {
-	handles, err := s.find(pkcs11.CKO_SECRET_KEY, s.label("root"))
+	handles, err := s.find(anyClass, s.label("root"))
 	if err != nil {
 		return nil, err
 	}

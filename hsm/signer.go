@@ -57,7 +57,7 @@ func OpenKey(cfg KeyConfig) (crypto.Signer, func(), error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	mod, err := loadModule(uri.ModulePath, nil)
+	mod, err := loadModule(uri.ModulePath, nil, "")
 	if err != nil {
 		return nil, nil, err
 	}

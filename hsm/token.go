@@ -3,6 +3,7 @@
 package hsm
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -25,12 +26,14 @@ import (
 // into the vendor's library cannot be interrupted: if it hangs, its goroutine
 // and one session hang with it.
 type HSM struct {
-	cfg  Config
-	uri  *URI
-	pin  pin.Source
-	kept *secret.Bytes // the PIN of a source that can be read once; else nil
-	mod  *module
-	wrap keyID // of the wrapping key, from Open on
+	cfg    Config
+	uri    *URI
+	pin    pin.Source
+	kept   *secret.Bytes // the PIN of a source that can be read once; else nil
+	mod    *module
+	method *method
+	wrap   keyID     // of the wrapping key, from Open on
+	signer *identity // of a method that is signed, from Open on
 
 	slots chan struct{} // holds one element for each operation under way
 	done  chan struct{} // closed by Close
@@ -56,11 +59,12 @@ type connection struct {
 
 // session is a session lent to one operation.
 type session struct {
-	p    *pkcs11.Ctx
-	h    pkcs11.SessionHandle
-	slot uint
-	name string // of the host
-	asks bool   // the token asks for a login before it shows private objects
+	p      *pkcs11.Ctx
+	h      pkcs11.SessionHandle
+	slot   uint
+	name   string // of the host
+	asks   bool   // the token asks for a login before it shows private objects
+	method *method
 }
 
 // tokenPause is how long a lost token is left alone: looking for it restarts the
@@ -102,11 +106,11 @@ func connect(ctx context.Context, cfg Config) (*HSM, error) {
 	if err != nil {
 		return nil, fmt.Errorf("hsm: %w", err)
 	}
-	mod, err := loadModule(uri.ModulePath, cfg.Modules)
+	mod, err := loadModule(uri.ModulePath, cfg.Modules, cfg.InitArgs)
 	if err != nil {
 		return nil, err
 	}
-	h := &HSM{cfg: cfg, uri: uri, pin: source, mod: mod, done: make(chan struct{}), slots: make(chan struct{}, 1)}
+	h := &HSM{cfg: cfg, uri: uri, pin: source, mod: mod, method: methodOf(cmp.Or(cfg.Method, DefaultMethod)), done: make(chan struct{}), slots: make(chan struct{}, 1)}
 	if source.Once() {
 		if h.kept, err = source.Read(); err != nil {
 			return nil, fmt.Errorf("hsm: %w", err)
@@ -160,6 +164,18 @@ func (h *HSM) Close() {
 	h.mu.Unlock()
 	h.drop(c)
 	h.kept.Wipe()
+}
+
+// aside runs fn with one more session: after an error in it, s is as it was. Objects of
+// the session s can be used there.
+func (s *session) aside(fn func(*session) error) error {
+	sh, err := s.p.OpenSession(s.slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
+	if err != nil {
+		return failed("C_OpenSession", err)
+	}
+	other := *s
+	other.h = sh
+	return errors.Join(fn(&other), failed("C_CloseSession", s.p.CloseSession(sh)))
 }
 
 // do runs fn with a session of its own. If the session, the login or a handle
@@ -218,7 +234,7 @@ func (h *HSM) once(fn func(*session) error, module sync.Locker) attempt {
 	defer module.Unlock()
 	conn, sh, err := h.borrow()
 	if err == nil {
-		err = fn(&session{h.mod.p, sh, conn.slot, h.cfg.Name, conn.info.Flags&pkcs11.CKF_LOGIN_REQUIRED != 0})
+		err = fn(&session{h.mod.p, sh, conn.slot, h.cfg.Name, conn.info.Flags&pkcs11.CKF_LOGIN_REQUIRED != 0, h.method})
 		h.giveBack(conn, sh, err)
 	}
 	return attempt{conn, h.mod.epoch, err}

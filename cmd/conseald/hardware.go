@@ -81,7 +81,8 @@ func openHSM(ctx context.Context, c *config.Host) (*hardware, error) {
 func hsmConfig(c *config.Host) hsm.Config {
 	m := &c.Protector.HSM
 	return hsm.Config{
-		URI: m.URI, Name: c.Name, Modules: m.Modules, PINSource: m.PIN, StateDir: hsmFolder(c), MaxSessions: m.MaxSessions,
+		URI: m.URI, Name: c.Name, Method: m.Method, InitArgs: m.InitArgs, Modules: m.Modules, PINSource: m.PIN,
+		StateDir: hsmFolder(c), MaxSessions: m.MaxSessions,
 	}
 }
 

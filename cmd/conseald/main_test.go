@@ -3,8 +3,11 @@ package main_test
 import (
 	"bytes"
 	"os"
+	"slices"
 	"testing"
 
+	"conseal/config"
+	"conseal/hsm"
 	"conseal/testenv"
 )
 
@@ -29,6 +32,18 @@ func TestNoFailpointsInWhatIsShipped(t *testing.T) {
 		}
 		if got := bytes.Contains(code, []byte("FAILPOINT_LOG")); got != test.want {
 			t.Errorf("built with %q: failpoints are there: %v, want %v", test.flags, got, test.want)
+		}
+	}
+}
+
+// TestConfigKnowsEachMethod compares two lists that cannot be one.
+func TestConfigKnowsEachMethod(t *testing.T) {
+	for _, method := range append(hsm.Methods(), "aes-none") {
+		c := config.Default()
+		c.Protector.HSM.Method = method
+		known := !slices.ContainsFunc(c.Check(), func(p config.Problem) bool { return p.Key == "protector.hsm.method" })
+		if known != (method != "aes-none") {
+			t.Errorf("method %s: known to config: %t", method, known)
 		}
 	}
 }
