@@ -11,6 +11,7 @@
 //		StateDir:  "/var/lib/conseal/hsm",
 //	})
 //
+// [Probe] tells an operator beforehand what a token can, and which Method to choose.
 // [OpenKey] is for a tool instead: it gives a signer with a key that is in a token already.
 //
 // The vendor's library runs inside the process: a crash of it is a crash of the
@@ -18,7 +19,7 @@
 // between calls and while waiting for a session.
 //
 // PKCS#11 is spoken through cgo. Without it the package still parses URIs and
-// clears PIN latches, and Open, Provision and OpenKey say what is missing.
+// clears PIN latches, and Open, Provision, Probe and OpenKey say what is missing.
 package hsm
 
 import (
