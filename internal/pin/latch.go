@@ -84,7 +84,7 @@ func (l Latch) check(pin *secret.Bytes) (r refused, hash []byte, err error) {
 	}
 	for _, old := range r.pins {
 		if subtle.ConstantTimeCompare(old, hash) == 1 {
-			return r, nil, fmt.Errorf("%w: this PIN was sent before and is not sent again: put the right one into the PIN source; if this is the right one, delete %s", ErrRefused, l.path())
+			return r, nil, fmt.Errorf("%w: this PIN was sent before and was refused, or cut off by a crash, and is not sent again: put the right one into the PIN source; if this is the right one, delete %s", ErrRefused, l.path())
 		}
 	}
 	return r, hash, nil

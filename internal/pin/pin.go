@@ -67,6 +67,61 @@ func (s Source) String() string { return s.kind + ":" + s.arg }
 // Once tells whether a second Read may find nothing: a pipe can be read once.
 func (s Source) Once() bool { return s.kind == "fd" }
 
+// FD is the number of the descriptor of a source "fd:N".
+func (s Source) FD() (n int, ok bool) {
+	n, err := strconv.Atoi(s.arg)
+	return n, s.kind == "fd" && err == nil
+}
+
+// Keep makes a pipe readable again and again, also by a child that gets the
+// descriptor: it puts a file of the kernel's memory with the pipe's content in its
+// place, under the same number. The bytes do not pass through this process's memory.
+// Of any other source there is nothing to keep.
+func (s Source) Keep() error {
+	n, ok := s.FD()
+	if !ok {
+		return nil
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(n, &st); err != nil {
+		return fmt.Errorf("keeping the PIN of %s: %w: start the program with %d<FILE", s, err, n)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFIFO {
+		return nil
+	}
+	file, err := unix.MemfdCreate("pin", unix.MFD_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("keeping the PIN of %s: %w", s, err)
+	}
+	defer unix.Close(file)
+	if err := drain(n, file); err != nil {
+		return fmt.Errorf("keeping the PIN of %s: %w", s, err)
+	}
+	return unix.Dup3(file, n, unix.O_CLOEXEC)
+}
+
+// drain moves what is in a pipe to a file until the pipe's other end is closed. It
+// stops at a length that no PIN has, so that Read refuses it.
+func drain(pipe, file int) error {
+	for total := int64(0); total <= 2*maxPIN; {
+		n, err := unix.Splice(pipe, nil, file, nil, 2*maxPIN, 0)
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case errors.Is(err, unix.EAGAIN): // somebody set O_NONBLOCK
+			_, err = unix.Poll([]unix.PollFd{{Fd: int32(pipe), Events: unix.POLLIN}}, -1)
+			if err != nil && !errors.Is(err, unix.EINTR) {
+				return err
+			}
+		case err != nil:
+			return err
+		case n == 0:
+			return nil
+		}
+		total += n
+	}
+	return nil
+}
+
 // Read gets the PIN, of 1 to 256 bytes: everything up to one final line end.
 func (s Source) Read() (*secret.Bytes, error) {
 	f, err := s.open()

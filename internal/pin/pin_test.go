@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -106,6 +107,46 @@ func TestPINDescriptor(t *testing.T) {
 	wantPIN(t, fmt.Sprintf("fd:%d", f.Fd()), "5678")
 	wantPIN(t, fmt.Sprintf("fd:%d", f.Fd()), "5678")
 	wantNoPIN(t, "fd:60000", "60000<FILE")
+}
+
+func TestAKeptPipeIsReadAgain(t *testing.T) {
+	for _, content := range []string{"1234\n", strings.Repeat("p", 256), "", strings.Repeat("p", 5000)} {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			_, _ = io.WriteString(w, content) // a PIN too long is not read to its end
+			w.Close()
+		}()
+		text := fmt.Sprintf("fd:%d", r.Fd())
+		source, err := pin.ParseSource(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(source.Keep(), source.Keep()); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			switch {
+			case content == "":
+				wantNoPIN(t, text, "empty")
+			case len(content) > 256:
+				wantNoPIN(t, text, "at most")
+			default:
+				wantPIN(t, text, strings.TrimSpace(content))
+			}
+		}
+		r.Close()
+	}
+	for _, text := range []string{"/none", "cred:none"} {
+		if s, err := pin.ParseSource(text); err != nil || s.Keep() != nil {
+			t.Errorf("%s: there is nothing to keep", text)
+		}
+	}
+	if s, err := pin.ParseSource("fd:60000"); err != nil || s.Keep() == nil {
+		t.Error("kept a descriptor that is not open")
+	}
 }
 
 func TestPINCredential(t *testing.T) {

@@ -1,6 +1,6 @@
 // Package secret holds bytes that must not leak.
 //
-// Make one with [Random], [Copy] or [Take], use it inside [Bytes.Use], and end
+// Make one with [Random], [Copy], [Take] or [Read], use it inside [Bytes.Use], and end
 // it with [Bytes.Wipe]. The bytes live outside the Go heap, locked in memory
 // where the kernel allows it and left out of core files; they never print,
 // never marshal and are compared only by [Bytes.Equal].
@@ -11,6 +11,7 @@ import (
 	"crypto/subtle"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -66,6 +67,16 @@ func Take(b []byte) *Bytes {
 	s := Copy(b)
 	clear(b)
 	return s
+}
+
+// Read reads n bytes of r straight into a secret, and no copy stays behind.
+func Read(r io.Reader, n int) (*Bytes, error) {
+	s := alloc(n)
+	if _, err := io.ReadFull(r, s.mem[:n]); err != nil {
+		s.Wipe()
+		return nil, err
+	}
+	return s, nil
 }
 
 // Use lends the bytes to fn. fn must not keep the slice, nor change it, nor

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"strings"
 	"sync"
@@ -29,6 +30,17 @@ func TestTakeWipesItsSource(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+func TestReadTakesExactlyItsLength(t *testing.T) {
+	r := strings.NewReader("top secret, and more")
+	s, err := secret.Read(r, 10)
+	if err != nil || !s.Equal(secret.Copy([]byte("top secret"))) || r.Len() != 10 {
+		t.Errorf("%d bytes are left, %v", r.Len(), err)
+	}
+	if s, err := secret.Read(r, 11); s != nil || !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("more than there is: %v", err)
 	}
 }
 
