@@ -28,6 +28,7 @@ var allowed = map[string][]string{
 	"tpm/eventlog":                 {"tpm/policy"},
 	"tpm/policy":                   {},
 	"hsm":                          {"internal/disk", "internal/pin", "internal/secret"},
+	"hsm/helper":                   {"hsm", "internal/pin", "internal/secret"},
 	"protocol":                     {"internal/secret"},
 	"protocol/frost":               {"internal/secret", "protocol"},
 	"protocol/protocoltest":        {"protocol"},
@@ -44,10 +45,10 @@ var allowed = map[string][]string{
 	"agent/vault/vaulttest":        {"agent/vault", "internal/secret"},
 	"agent/epoch":                  {"agent/vault", "protocol"},
 	"agent":                        {"internal/...", "protocol/...", "config", "agent/..."},
-	"cmd/conseald":                 {"agent", "agent/api/apipb", "agent/vault", "config", "hsm", "internal/disk", "tpm", "tpm/policy"},
+	"cmd/conseald":                 {"agent", "agent/api/apipb", "agent/vault", "config", "hsm/...", "internal/disk", "tpm", "tpm/policy"},
 	"cmd/conseal":                  {"agent/api/...", "config", "hsm", "protocol/...", "tpm/eventlog", "tpm/policy"},
 	"testenv":                      {"internal/...", "protocol/...", "config", "agent/...", "tpm", "hsm"},
-	"testenv/bench":                {"testenv", "protocol/...", "agent/api", "internal/secret", "tpm/..."},
+	"testenv/bench":                {"testenv", "protocol/...", "agent/api", "agent/vault", "hsm/...", "internal/secret", "tpm/..."},
 	"testenv/story":                {"testenv"},
 }
 

@@ -20,6 +20,8 @@ const (
 	ClassPolicy    Class = "policy"    // the token will not do this: a matter of configuration
 	ClassData      Class = "data"      // the input is not authentic
 	ClassAmbiguous Class = "ambiguous" // the token does not say: data or device
+	ClassCrash     Class = "crash"     // the module's process ended during the call
+	ClassHang      Class = "hang"      // the module did not answer by the deadline
 )
 
 // advice completes an error of a class by what to do.
@@ -33,6 +35,8 @@ var advice = map[Class]string{
 	ClassPolicy:    "the token does not allow this: check its configuration and mechanisms",
 	ClassData:      "the data is damaged or was made elsewhere: restore the right file",
 	ClassAmbiguous: "the token failed without a reason: see its own log",
+	ClassCrash:     "the module is started again at the next use: if this happens again, see its vendor's log or change its version",
+	ClassHang:      "the module is started again at the next use: check that the token is reachable; if it is only slow, raise the timeout",
 }
 
 // Error is a failure in or of the token.
@@ -60,6 +64,8 @@ func ClassOf(err error) Class {
 	return ""
 }
 
+// What is exported here and below is known to package helper, which sends it from
+// process to process.
 var (
 	// ErrNotAuthentic says that a blob was changed, belongs to another id, or
 	// was made by another token.

@@ -16,7 +16,8 @@
 //
 // The vendor's library runs inside the process: a crash of it is a crash of the
 // process, and a call under way cannot be interrupted. A context is honoured
-// between calls and while waiting for a session.
+// between calls and while waiting for a session. Package helper does the same in a
+// process of its own.
 //
 // PKCS#11 is spoken through cgo. Without it the package still parses URIs and
 // clears PIN latches, and Open, Provision, Probe and OpenKey say what is missing.
