@@ -23,9 +23,10 @@ const (
 const nameWanted = `small letters, digits and "-", at most 63, the first no "-"`
 
 var (
-	namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`) // of a fleet, host or key
-	userPattern = regexp.MustCompile(`^[a-z_][a-z0-9_.-]{0,31}$`) // useradd(8)
-	hostPattern = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?$`)
+	namePattern     = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`) // of a fleet, host or key
+	userPattern     = regexp.MustCompile(`^[a-z_][a-z0-9_.-]{0,31}$`) // useradd(8)
+	variablePattern = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+	hostPattern     = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?$`)
 )
 
 // Check returns everything that is wrong with h, and with the modes of the files
@@ -124,6 +125,13 @@ func (m *HSM) check(r *report, used bool) {
 	}
 	r.oneOf("protector.hsm.method", m.Method, "aes-gcm", "aes-kw-enc", "aes-kw", "aes-kwp", "rsa-oaep-sha256", "hmac-sha256-prf", "rsa-oaep-sha1")
 	r.within("protector.hsm.max_sessions", m.MaxSessions, 1, 1024)
+	r.lasts("protector.hsm.timeout", m.Timeout, time.Second, 10*time.Minute)
+	for _, name := range m.Environment {
+		if !variablePattern.MatchString(name) {
+			r.add("protector.hsm.environment", "%s: wants the name of a variable, not its value", clip(strconv.Quote(name)))
+		}
+	}
+	r.once("protector.hsm.environment", m.Environment)
 }
 
 func (m *HSM) checkPIN(r *report, inURI string, used bool) {

@@ -125,8 +125,8 @@ type HSM struct {
 	// of mode 0600, "fd:N" of a descriptor that the agent inherits, 3 or above, or
 	// "cred:NAME" of a systemd credential. No default.
 	PIN string `toml:"pin" hidden:"true"`
-	// Modules are the PKCS#11 libraries that may be loaded: code that runs
-	// inside the agent. Never empty.
+	// Modules are the PKCS#11 libraries that may be loaded: code that sees the PIN
+	// and every key that the token gives back, in a process of its own. Never empty.
 	// No default. Example: ["/usr/lib/softhsm/libsofthsm2.so"].
 	Modules []string `toml:"modules"`
 	// Method is how the token guards a key: "aes-gcm", "aes-kw-enc", "aes-kw", "aes-kwp",
@@ -140,6 +140,18 @@ type HSM struct {
 	// MaxSessions is how many sessions are open on the token at most, 1 to
 	// 1024. Default: 8.
 	MaxSessions int `toml:"max_sessions"`
+	// Timeout is how long the module may take for one use of a key before it is
+	// taken to hang, and its process is ended and started anew: 1s to 10m. Opening the
+	// token, and reading or setting the root, may take three times as long. A module that
+	// is ended inside its login needs `conseald clear-pin-latch`, so that slow tokens want
+	// more. Default: "10s".
+	Timeout time.Duration `toml:"timeout"`
+	// Environment are the variables that the module gets to see, as its vendor's manual
+	// names them; it sees no others but CREDENTIALS_DIRECTORY. Default: the variables by
+	// which SoftHSM, Luna, nShield, Utimaco, YubiHSM, tpm2-pkcs11 and Cloud KMS find their
+	// configuration: ["SOFTHSM2_CONF", "ChrystokiConfigurationPath", "NFAST_HOME",
+	// "CS_PKCS11_R3_CFG", "YUBIHSM_PKCS11_CONF", "TPM2_PKCS11_STORE", "KMS_PKCS11_CONFIG"].
+	Environment []string `toml:"environment"`
 }
 
 // Limits bound what one caller or one other host can make this host do.
@@ -199,7 +211,11 @@ func Default() *Host {
 				SRKHandle:  0x81000001,
 				Timeout:    30 * time.Second,
 			},
-			HSM: HSM{Modules: []string{}, Method: "aes-gcm", MaxSessions: 8},
+			HSM: HSM{
+				Modules: []string{}, Method: "aes-gcm", MaxSessions: 8, Timeout: 10 * time.Second,
+				Environment: []string{"SOFTHSM2_CONF", "ChrystokiConfigurationPath", "NFAST_HOME", "CS_PKCS11_R3_CFG",
+					"YUBIHSM_PKCS11_CONF", "TPM2_PKCS11_STORE", "KMS_PKCS11_CONFIG"},
+			},
 		},
 		Limits: Limits{
 			Message:         1 << 20,

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"conseal/agent/vault"
 	"conseal/config"
 	"conseal/hsm"
+	"conseal/hsm/helper"
 	"conseal/internal/disk"
 	"conseal/tpm"
 )
@@ -27,9 +29,9 @@ type hardware struct {
 }
 
 // openHardware opens what `conseald init` provisioned.
-func openHardware(ctx context.Context, c *config.Host) (*hardware, error) {
+func openHardware(ctx context.Context, c *config.Host, log *slog.Logger) (*hardware, error) {
 	if c.Protector.Kind == "hsm" {
-		return openHSM(ctx, c)
+		return openHSM(ctx, c, log)
 	}
 	return openTPM(ctx, c)
 }
@@ -65,8 +67,8 @@ func openTPM(ctx context.Context, c *config.Host) (*hardware, error) {
 	return &hardware{t, seal, identity, closeTPM}, nil
 }
 
-func openHSM(ctx context.Context, c *config.Host) (*hardware, error) {
-	h, err := hsm.Open(ctx, hsmConfig(c))
+func openHSM(ctx context.Context, c *config.Host, log *slog.Logger) (*hardware, error) {
+	h, err := helper.Open(ctx, hsmConfig(c, log))
 	if err != nil {
 		return nil, err
 	}
@@ -78,11 +80,17 @@ func openHSM(ctx context.Context, c *config.Host) (*hardware, error) {
 	return &hardware{h, nil, identity, func() error { h.Close(); return nil }}, nil
 }
 
-func hsmConfig(c *config.Host) hsm.Config {
+func hsmConfig(c *config.Host, log *slog.Logger) helper.Config {
 	m := &c.Protector.HSM
-	return hsm.Config{
-		URI: m.URI, Name: c.Name, Method: m.Method, InitArgs: m.InitArgs, Modules: m.Modules, PINSource: m.PIN,
-		StateDir: hsmFolder(c), MaxSessions: m.MaxSessions,
+	return helper.Config{
+		HSM: hsm.Config{
+			URI: m.URI, Name: c.Name, Method: m.Method, InitArgs: m.InitArgs, Modules: m.Modules, PINSource: m.PIN,
+			StateDir: hsmFolder(c), MaxSessions: m.MaxSessions,
+		},
+		Timeout: m.Timeout, Environment: m.Environment,
+		Lost: func(err error) {
+			log.Warn("the PKCS#11 module's process ended and is started again when it is needed", "error", err)
+		},
 	}
 }
 

@@ -15,7 +15,7 @@ import (
 	"conseal/agent"
 	"conseal/agent/vault"
 	"conseal/config"
-	"conseal/hsm"
+	"conseal/hsm/helper"
 	"conseal/tpm"
 )
 
@@ -74,7 +74,7 @@ func initialise(ctx context.Context, file string, out io.Writer, policies []stri
 	if err != nil {
 		return err
 	}
-	hw, err := openHardware(ctx, c)
+	hw, err := openHardware(ctx, c, logger(c, os.Stderr))
 	if err != nil {
 		return err
 	}
@@ -106,7 +106,7 @@ func provision(ctx context.Context, c *config.Host, ownLockout string) ([]string
 		if err := os.MkdirAll(hsmFolder(c), 0o700); err != nil {
 			return nil, err
 		}
-		p, err := hsm.Provision(ctx, hsmConfig(c))
+		p, err := helper.Provision(ctx, hsmConfig(c, logger(c, os.Stderr)))
 		var steps []string
 		for _, s := range p.Steps {
 			steps = append(steps, s.Object+": "+s.Done)

@@ -17,6 +17,7 @@ import (
 	"conseal/agent"
 	"conseal/config"
 	"conseal/hsm"
+	"conseal/hsm/helper"
 	"conseal/tpm"
 )
 
@@ -24,6 +25,9 @@ import (
 var version = "devel"
 
 func main() {
+	if helper.Called() {
+		os.Exit(helper.Main())
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	err := command(os.Stdout, os.Stderr).ExecuteContext(ctx)
 	stop()
@@ -103,7 +107,7 @@ func run(ctx context.Context, file string, logs io.Writer) error {
 	if err := protectProcess(); err != nil {
 		return err
 	}
-	hw, err := openHardware(ctx, c)
+	hw, err := openHardware(ctx, c, log)
 	if err != nil {
 		return err
 	}

@@ -13,7 +13,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -101,24 +100,10 @@ func newHost(t *testing.T) (*helper.HSM, helper.Config) {
 }
 
 // children are the helpers of a process.
-func children(t *testing.T, parent int) (pids []int) {
+func children(t *testing.T, parent int) []int {
 	t.Helper()
-	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", parent))
+	pids, err := testenv.Helpers(parent)
 	must(t, err)
-	for _, file := range files {
-		b, err := os.ReadFile(file)
-		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
-			continue // that thread has ended
-		}
-		must(t, err)
-		for _, word := range strings.Fields(string(b)) {
-			pid, err := strconv.Atoi(word)
-			must(t, err)
-			if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && string(line) == "conseald\x00hsm-helper\x00" {
-				pids = append(pids, pid)
-			}
-		}
-	}
 	return pids
 }
 

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"conseal/agent/api"
+	"conseal/hsm/helper"
 	"conseal/protocol"
 	"conseal/protocol/cmp"
 	"conseal/protocol/frost"
@@ -26,6 +27,9 @@ import (
 )
 
 func main() {
+	if helper.Called() {
+		os.Exit(helper.Main())
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	err := run(ctx)
 	stop()
@@ -52,7 +56,7 @@ func run(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := tpmOperations(ctx); err != nil {
+	if err := errors.Join(tpmOperations(ctx), hsmOperations(ctx)); err != nil {
 		return err
 	}
 	for scheme, curve := range map[string]*cmp.Curve{"ecdsa-p256": cmp.P256, "ecdsa-secp256k1": cmp.Secp256k1} {
