@@ -1,6 +1,17 @@
 package helper
 
-import "io"
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"io"
+	"os"
+	"time"
+
+	"conseal/internal/secret"
+)
 
 // Pending counts the questions that the helper has to answer.
 func (h *HSM) Pending() int {
@@ -34,4 +45,49 @@ func Reencode(r io.Reader, w io.Writer) error {
 // Send writes a frame as an agent that is not ours might.
 func Send(w io.Writer, id uint64, o byte, text string, blob []byte) error {
 	return (&frame{id: id, op: op(o), text: text, blob: blob}).write(w)
+}
+
+// Lie is a helper that opens a token that is not there and lies from then on.
+func Lie(conn *os.File, kind string) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return
+	}
+	public, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		return
+	}
+	for {
+		q, err := readFrame(conn)
+		if err != nil {
+			return
+		}
+		a := &frame{id: q.id, op: opDone}
+		switch {
+		case q.op == opStart:
+			a.text = "a token"
+		case kind == "deaf" && q.op == opSeal:
+			a.blob, a.secret = []byte("blob"), secret.Random(32)
+			_ = a.write(conn)
+			time.Sleep(time.Hour)
+		case kind == "short":
+			a.blob, a.secret = bytes.Repeat([]byte("x"), 40), secret.Random(31)
+		case kind == "other-key" && q.op == opIdentity:
+			a.blob = public
+		case kind == "other-key":
+			a.blob, _ = ecdsa.SignASN1(rand.Reader, key, bytes.Repeat([]byte{1}, 32))
+		case kind == "other-id":
+			a.id++
+		case kind == "question":
+			a.op = opRoot
+		case kind == "bad-error":
+			a.op, a.text, a.blob = opFailed, "bad", []byte("123")
+		case kind == "noise":
+			_, _ = conn.Write(bytes.Repeat([]byte{0xff}, 100))
+			continue
+		}
+		if a.write(conn) != nil {
+			return
+		}
+	}
 }

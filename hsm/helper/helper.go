@@ -183,8 +183,7 @@ func (h *HSM) Root(ctx context.Context) (*secret.Bytes, error) {
 }
 
 // SetRoot is [hsm.HSM.SetRoot]. If the helper ends inside, it is not repeated: Root
-// tells whether it was done. Questions about the root are answered in the order in which
-// they were asked, also when nobody waited for an answer.
+// tells whether it was done. So it does if the context ends: what Root says then stays.
 func (h *HSM) SetRoot(ctx context.Context, next *secret.Bytes) error {
 	return h.ask(ctx, &frame{op: opSetRoot, secret: next}).err
 }

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -349,8 +350,8 @@ func TestSetRootIsNotRepeated(t *testing.T) {
 	}
 }
 
-// TestARootThatWasReadStays leaves a SetRoot that the helper has not begun, asks
-// for the root, and lets both go on: the answer must not be overtaken.
+// TestARootThatWasReadStays leaves a SetRoot that the helper has not begun, asks for the
+// root, and lets the helper go on: the answer must not be overtaken.
 func TestARootThatWasReadStays(t *testing.T) {
 	h, _ := newHost(t)
 	must(t, h.SetRoot(t.Context(), secret.Random(32)))
@@ -361,26 +362,24 @@ func TestARootThatWasReadStays(t *testing.T) {
 		left := make(chan error, 1)
 		go func() { left <- h.SetRoot(ctx, secret.Random(32)) }()
 		until(t, "SetRoot is under way", func() bool { return h.Pending() == 1 })
-		type root struct {
-			*secret.Bytes
-			error
-		}
-		read := make(chan root, 1)
-		go func() { r, err := h.Root(t.Context()); read <- root{r, err} }()
-		until(t, "Root is under way", func() bool { return h.Pending() == 2 })
-		must(t, unix.Kill(pid, unix.SIGCONT))
 		cancel()
-		if err := <-left; err != nil && !errors.Is(err, context.Canceled) {
+		if err := <-left; !errors.Is(err, context.Canceled) {
 			t.Fatal(err)
 		}
-		first := <-read
-		must(t, first.error)
-		for range 3 {
-			again, err := h.Root(t.Context())
-			must(t, err)
-			if !again.Equal(first.Bytes) {
-				t.Fatal("the root changed after it was read")
+		read := make(chan *secret.Bytes, 1)
+		go func() {
+			r, err := h.Root(t.Context())
+			if err != nil {
+				t.Error(err)
 			}
+			read <- r
+		}()
+		until(t, "Root is under way", func() bool { return h.Pending() == 2 })
+		must(t, unix.Kill(pid, unix.SIGCONT))
+		first := <-read
+		until(t, "SetRoot has ended", func() bool { return h.Pending() == 0 })
+		if again, err := h.Root(t.Context()); err != nil || !again.Equal(first) {
+			t.Fatalf("the root changed after it was read: %v", err)
 		}
 	}
 }
@@ -426,7 +425,11 @@ func TestACrashInsideTheLoginCountsAsARefusal(t *testing.T) {
 
 // TestHelpersOfNoUseArePaused breaks each new helper at once.
 func TestHelpersOfNoUseArePaused(t *testing.T) {
-	h, _ := newHost(t)
+	h, cfg := newHost(t)
+	h.Close()
+	var ended atomic.Int32
+	cfg.Lost = func(error) { ended.Add(1) }
+	h = open(t, cfg)
 	_, _, err := h.Seal(t.Context(), "k")
 	must(t, err)
 	starts := filepath.Join(t.TempDir(), "starts")
@@ -434,7 +437,7 @@ func TestHelpersOfNoUseArePaused(t *testing.T) {
 	t.Setenv("HELPER_TEST_MODULE", "broken:"+starts)
 	must(t, unix.Kill(theHelper(t), unix.SIGKILL))
 	paused := 0
-	for paused < 100 {
+	for range 300 {
 		_, _, err := h.Seal(t.Context(), "k")
 		if hsm.ClassOf(err) != hsm.ClassCrash {
 			t.Fatalf("of a broken helper: %v", err)
@@ -444,8 +447,19 @@ func TestHelpersOfNoUseArePaused(t *testing.T) {
 		}
 	}
 	b, err := os.ReadFile(starts)
-	if err != nil || len(b) == 0 || len(b) > 20 {
-		t.Errorf("%d helpers were started for %d calls, %v", len(b), paused, err)
+	if err != nil || len(b) == 0 || len(b) > 20 || paused < 200 {
+		t.Errorf("%d helpers were started for 300 calls, of which %d were told to wait, %v", len(b), paused, err)
+	}
+	t.Setenv("HELPER_TEST_MODULE", "liar:noise") // opens the token, and nothing more
+	ended.Store(0)
+	until(t, "the pause is over", func() bool { _, _, err = h.Seal(t.Context(), "k"); return ended.Load() > 0 })
+	for range 300 {
+		if _, _, err := h.Seal(t.Context(), "k"); hsm.ClassOf(err) != hsm.ClassCrash {
+			t.Fatalf("of a helper that answers nothing: %v", err)
+		}
+	}
+	if n := ended.Load(); n > 20 {
+		t.Errorf("%d helpers were started that answered nothing", n)
 	}
 	t.Setenv("HELPER_TEST_MODULE", "")
 	until(t, "it works again", func() bool { _, _, err := h.Seal(t.Context(), "k"); return err == nil })
@@ -461,10 +475,47 @@ func helperMain() int {
 			f.Close()
 		}
 		return 3
+	case "liar":
+		helper.Lie(os.Stdin, arg)
+		return 0
 	case "curious":
 		return curious(arg)
 	}
 	return helper.Main()
+}
+
+// TestALyingHelper has helpers that answer otherwise than was asked.
+func TestALyingHelper(t *testing.T) {
+	for kind, want := range map[string]string{
+		"empty": "gave no", "short": "gave no", "other-key": "another key signed", "other-id": "crashed", "question": "crashed", "noise": "crashed", "bad-error": "the helper's error",
+	} {
+		cfg := newConfig(t)
+		t.Setenv("HELPER_TEST_MODULE", "liar:"+kind)
+		h := open(t, cfg)
+		wrong := func(what string, err error) {
+			t.Helper()
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%s: %s: got %v, want an error with %q", kind, what, err, want)
+			}
+		}
+		if kind == "other-key" {
+			signer, err := h.Identity(t.Context())
+			must(t, err)
+			_, err = signer.Sign(nil, make([]byte, 32), crypto.SHA256)
+			wrong("sign", err)
+			h.Close()
+			continue
+		}
+		_, _, err := h.Seal(t.Context(), "k")
+		wrong("seal", err)
+		_, err = h.Open(t.Context(), "k", []byte("blob"))
+		wrong("open", err)
+		_, err = h.Root(t.Context())
+		wrong("root", err)
+		_, err = h.Identity(t.Context())
+		wrong("identity", err)
+		h.Close()
+	}
 }
 
 func TestAHelperIsStrict(t *testing.T) {
@@ -473,10 +524,7 @@ func TestAHelperIsStrict(t *testing.T) {
 		"a question before a token": func(w io.Writer) error { return helper.Send(w, 1, 5, "", nil) },
 		"an answer":                 func(w io.Writer) error { return helper.Send(w, 1, 10, "", nil) },
 		"half a frame":              func(w io.Writer) error { _, err := w.Write([]byte("0123")); return err },
-		"two beginnings": func(w io.Writer) error {
-			return errors.Join(helper.Send(w, 1, 2, "{}", nil), helper.Send(w, 2, 2, "{}", nil))
-		},
-		"an unknown setting": func(w io.Writer) error { return helper.Send(w, 1, 1, `{"PIN": "1"}`, nil) },
+		"an unknown setting":        func(w io.Writer) error { return helper.Send(w, 1, 1, `{"PIN": "1"}`, nil) },
 	} {
 		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 		must(t, err)

@@ -224,7 +224,9 @@ func (p *process) late(c *call, deadline time.Duration) {
 		"hsm: %s: the PKCS#11 module gave no answer in %v and was ended (process %d)", c.op, deadline, p.pid())}})
 }
 
-// leave gives an answer up. The helper is told, and its deadline stays.
+// leave gives an answer up. The helper is told before leave returns: a SetRoot that it
+// has not begun then is not done, so that a root that is read later stays. The call's
+// deadline stays too.
 func (p *process) leave(c *call) {
 	p.mu.Lock()
 	c.left = true

@@ -47,8 +47,6 @@ func serve() error {
 		return fmt.Errorf("conseald itself starts this, with a socket: %w", err)
 	}
 	s := &server{conn: conn, cancels: map[uint64]context.CancelFunc{}}
-	s.root = make(chan struct{})
-	close(s.root)
 	err = s.run()
 	s.finish()
 	return err
@@ -96,9 +94,9 @@ func takeSocket() (net.Conn, error) {
 // server is the helper's side.
 type server struct {
 	conn net.Conn
-	root chan struct{} // closed when the last question about the root is answered; of run's goroutine
 
-	writing sync.Mutex // one frame at a time
+	writing sync.Mutex     // one frame at a time
+	asked   sync.WaitGroup // questions under way
 
 	mu       sync.Mutex // guards what follows
 	hsm      *hsm.HSM   // nil: not open
@@ -108,16 +106,15 @@ type server struct {
 
 // run takes questions until there are no more.
 func (s *server) run() error {
-	for begun := false; ; begun = true {
+	for {
 		f, err := readFrame(s.conn)
 		if err != nil {
 			return nil // the agent has closed the socket, or ended
 		}
-		first := f.op == opStart || f.op == opProvision
-		if f.op >= opCancel && f.op != opCancel || first == begun {
+		if f.op > opCancel {
 			return errFrame
 		}
-		if f.op == opCancel {
+		if f.op == opCancel { // before any question that is asked later
 			s.mu.Lock()
 			if cancel := s.cancels[f.id]; cancel != nil {
 				cancel()
@@ -129,24 +126,13 @@ func (s *server) run() error {
 	}
 }
 
-// accept answers a question in a goroutine. Those about the root wait for each other,
-// so that an answer about the root stays true whatever was asked before it.
+// accept answers a question in a goroutine.
 func (s *server) accept(f *frame) {
 	ctx, cancel := context.WithCancel(context.Background())
 	s.mu.Lock()
 	s.cancels[f.id] = cancel
 	s.mu.Unlock()
-	before, done := s.root, make(chan struct{})
-	if f.op == opRoot || f.op == opSetRoot {
-		s.root = done
-	} else {
-		before = nil
-	}
-	go func() {
-		defer close(done)
-		if before != nil {
-			<-before
-		}
+	s.asked.Go(func() {
 		answer, err := s.do(ctx, f)
 		f.secret.Wipe()
 		s.mu.Lock()
@@ -167,7 +153,7 @@ func (s *server) accept(f *frame) {
 		defer s.writing.Unlock()
 		_ = answer.write(s.conn) // if it cannot be written, run sees the end
 		answer.secret.Wipe()
-	}()
+	})
 }
 
 func (s *server) do(ctx context.Context, f *frame) (*frame, error) {
@@ -255,10 +241,12 @@ func (s *server) sign(ctx context.Context, h *hsm.HSM, f *frame) (*frame, error)
 	return &frame{blob: b}, err
 }
 
-// finish closes the sessions, if the module lets it in time.
+// finish answers what was asked and closes the sessions, if the module lets it in
+// time.
 func (s *server) finish() {
 	done := make(chan struct{})
 	go func() {
+		s.asked.Wait()
 		s.mu.Lock()
 		h := s.hsm
 		s.mu.Unlock()
