@@ -145,6 +145,26 @@ func TestTheHelperHasLittle(t *testing.T) {
 	if session, err := unix.Getsid(pid); err != nil || session != pid {
 		t.Errorf("its session is %d, %v", session, err)
 	}
+	if os.Geteuid() == 0 {
+		lookInside(t, pid, cfg)
+	} else if _, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid)); !errors.Is(err, os.ErrPermission) {
+		t.Errorf("its user can look inside: %v", err)
+	}
+	for _, signal := range []unix.Signal{unix.SIGTERM, unix.SIGINT, unix.SIGHUP} { // of a terminal, or of a service's stop
+		must(t, unix.Kill(pid, signal))
+	}
+	for range 20 { // one that got a deadly signal may answer a little longer
+		_, _, err = h.Seal(t.Context(), "k")
+		must(t, err)
+	}
+	if theHelper(t) != pid {
+		t.Error("a signal ended it")
+	}
+}
+
+// lookInside looks at what only root can see of a helper.
+func lookInside(t *testing.T, pid int, cfg helper.Config) {
+	t.Helper()
 	environment, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
 	must(t, err)
 	var names []string
@@ -172,16 +192,6 @@ func TestTheHelperHasLittle(t *testing.T) {
 			!strings.HasPrefix(to, "/sys/fs/cgroup/") && to != "/dev/null" && filepath.Base(to) != "hsm.lock" && f.Name() != "2" {
 			t.Errorf("descriptor %s is %s", f.Name(), to)
 		}
-	}
-	for _, signal := range []unix.Signal{unix.SIGTERM, unix.SIGINT, unix.SIGHUP} { // of a terminal, or of a service's stop
-		must(t, unix.Kill(pid, signal))
-	}
-	for range 20 { // one that got a deadly signal may answer a little longer
-		_, _, err = h.Seal(t.Context(), "k")
-		must(t, err)
-	}
-	if theHelper(t) != pid {
-		t.Error("a signal ended it")
 	}
 }
 
