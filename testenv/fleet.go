@@ -87,10 +87,14 @@ func Build(ctx context.Context, flags ...string) (Binaries, error) {
 	return built[key], nil
 }
 
-// Clean removes what [Build] built.
+// Clean removes what [Build] and [NewFaultModule] built.
 func Clean() {
 	buildMu.Lock()
 	defer buildMu.Unlock()
+	if builtFault != "" {
+		os.RemoveAll(filepath.Dir(builtFault))
+		builtFault = ""
+	}
 	for key, b := range built {
 		os.RemoveAll(filepath.Dir(b.Agent))
 		delete(built, key)

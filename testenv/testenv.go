@@ -2,7 +2,8 @@
 // software TPMs, tokens and processes that never outlive the one that started
 // them.
 //
-// Start with [StartTPM] for a TPM and [StartProcess] for any other child.
+// Start with [StartTPM] for a TPM, [NewToken] for a PKCS#11 token and [StartProcess]
+// for any other child. [NewFaultModule] puts faults between a program and its token.
 // Whatever needs a tool asks [Need] first: a missing tool is an error that says
 // how to install it, never a reason to skip.
 package testenv
