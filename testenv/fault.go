@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -41,6 +42,12 @@ const (
 	ShortSize Action = "short-size" // the answer to the question for the size forgets the tag, as NSS does
 )
 
+// onlyAt says at which call an action does something; "" is any.
+var onlyAt = map[Action]string{
+	ReturnValue: "", ReturnAfter: "", Segv: "", Abort: "", Hang: "", Slow: "", LoseSessions: "", Gone: "",
+	Flags: "C_GetTokenInfo", ReplaceIV: "C_EncryptInit", AppendIV: "C_EncryptInit", ShortSize: "C_Encrypt",
+}
+
 // Fault is a rule of a [FaultModule].
 type Fault struct {
 	Call  string // "C_Decrypt"; "*" is every call
@@ -62,31 +69,37 @@ type Rule int
 //	... what must stand it
 //	hits, err := m.Hits(rule) // 1, or the test showed nothing
 //
-// The module reads its rules at each call, so that they reach processes that run,
-// and counts in a file, so that counts outlive processes. Of several rules for one call
-// the first that was set strikes; the others do not see it. Several modules in one
-// process do not know of each other, nor of the real one under its own path.
+// Rules and counts are in a file that all processes with the module share: faults
+// reach processes that run, and counts outlive those that end. Of several faults for
+// one call the first that was set strikes, and the others do not see it. Several modules
+// in one process do not know of each other, nor of the real one under its own path.
 type FaultModule struct {
 	Path string // of the library
 
-	dir   string
-	mu    sync.Mutex
-	next  Rule
-	rules string // the file's text
+	faults string // the path of a faultFile
+	mu     sync.Mutex
+	next   Rule
 }
 
-// Sizes of struct counts in fault/module.c.
-const (
-	faultFunctions = 80
-	faultRules     = 8192
-)
-
-type faultCounts struct {
-	Functions [faultFunctions]struct {
+// faultFile is struct faults of fault/module.c.
+type faultFile struct {
+	Functions [80]struct {
 		Name  [32]byte
 		Calls uint64
 	}
-	Rules [faultRules]struct{ Seen, Hits uint64 }
+	From, To uint64 // the rules that stand
+	Rules    [8192]faultRule
+}
+
+type faultRule struct {
+	Call                [32]byte
+	Do                  [16]byte
+	Value, Times, After uint64
+	Seen, Hits          uint64
+}
+
+func ruleAt(r Rule) uintptr {
+	return unsafe.Offsetof(faultFile{}.Rules) + uintptr(r)*unsafe.Sizeof(faultRule{})
 }
 
 // NewFaultModule makes a module without rules in dir, a folder of its own, that
@@ -96,16 +109,14 @@ func NewFaultModule(ctx context.Context, dir, real string) (*FaultModule, error)
 	if err != nil {
 		return nil, fmt.Errorf("building the fault module: %w", err)
 	}
-	m := &FaultModule{Path: filepath.Join(dir, "fault.so"), dir: dir}
-	err = os.WriteFile(m.file("counts"), make([]byte, unsafe.Sizeof(faultCounts{})), 0o600)
-	err = errors.Join(err, m.Clear(), copyFile(library, m.Path), copyFile(real, m.file("real.so")))
+	m := &FaultModule{Path: filepath.Join(dir, "fault.so"), faults: filepath.Join(dir, "faults")}
+	err = os.WriteFile(m.faults, make([]byte, unsafe.Sizeof(faultFile{})), 0o600)
+	err = errors.Join(err, copyFile(library, m.Path), copyFile(real, filepath.Join(dir, "real.so")))
 	if err != nil {
 		return nil, fmt.Errorf("making a fault module: %w", err)
 	}
 	return m, nil
 }
-
-func (m *FaultModule) file(name string) string { return filepath.Join(m.dir, name) }
 
 func copyFile(from, to string) error {
 	b, err := os.ReadFile(from)
@@ -148,62 +159,76 @@ func buildFault(ctx context.Context) (string, error) {
 	return library, nil
 }
 
-// Set adds a fault.
+// Set adds a fault. One module takes some thousand in its life.
 func (m *FaultModule) Set(f Fault) (Rule, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if f.Call == "" || len(f.Call) > 31 || f.Do == "" || f.Times < 0 || f.After < 0 || m.next >= faultRules {
-		return 0, fmt.Errorf("fault %+v: names a call and an action, counts from 0, and is one of %d", f, faultRules)
+	rule := faultRule{Value: uint64(f.Value), Times: uint64(f.Times), After: uint64(f.After)}
+	call, known := onlyAt[f.Do]
+	switch {
+	case !known || f.Call == "" || len(f.Call) >= len(rule.Call) || call != "" && f.Call != call:
+		return 0, fmt.Errorf("fault %+v: there is no such action or not at that call", f)
+	case f.Times < 0 || f.After < 0:
+		return 0, fmt.Errorf("fault %+v: counts from 0", f)
+	case int(m.next) == len(faultFile{}.Rules):
+		return 0, fmt.Errorf("fault %+v is one too many: make another module", f)
 	}
-	rule := m.next
-	text := m.rules + fmt.Sprintf("%d %s %s %#x %d %d\n", rule, f.Call, f.Do, f.Value, f.Times, f.After)
-	if err := m.write(text); err != nil {
-		return 0, err
+	copy(rule.Call[:], f.Call)
+	copy(rule.Do[:], f.Do)
+	err := m.write(ruleAt(m.next), rule)
+	if err == nil {
+		err = m.write(unsafe.Offsetof(faultFile{}.To), uint64(m.next+1))
 	}
-	m.next, m.rules = rule+1, text
-	return rule, nil
+	m.next++
+	return m.next - 1, err
 }
 
 // Clear ends all faults. Their hits stay.
 func (m *FaultModule) Clear() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.rules = ""
-	return m.write("")
+	return m.write(unsafe.Offsetof(faultFile{}.From), uint64(m.next))
 }
 
-// write replaces the rules at once, under the eyes of the module.
-func (m *FaultModule) write(rules string) error {
-	if err := os.WriteFile(m.file("rules.new"), []byte(rules), 0o600); err != nil {
+func (m *FaultModule) write(at uintptr, what any) error {
+	b, err := binary.Append(nil, binary.NativeEndian, what)
+	if err != nil {
 		return err
 	}
-	return os.Rename(m.file("rules.new"), m.file("rules"))
+	f, err := os.OpenFile(m.faults, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(b, int64(at))
+	return errors.Join(err, f.Close())
+}
+
+func (m *FaultModule) read(at uintptr, into any) error {
+	f, err := os.Open(m.faults)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return binary.Read(io.NewSectionReader(f, int64(at), int64(binary.Size(into))), binary.NativeEndian, into)
 }
 
 // Hits tells how many calls a fault struck.
 func (m *FaultModule) Hits(r Rule) (int, error) {
-	c, err := m.counts()
-	return int(c.Rules[r].Hits), err
+	var rule faultRule
+	err := m.read(ruleAt(r), &rule)
+	return int(rule.Hits), err
 }
 
 // Calls tells how often each function was called, by all processes, since the
 // module was made.
 func (m *FaultModule) Calls() (map[string]int, error) {
-	c, err := m.counts()
+	functions := faultFile{}.Functions
+	err := m.read(unsafe.Offsetof(faultFile{}.Functions), &functions)
 	calls := map[string]int{}
-	for _, f := range c.Functions {
+	for _, f := range functions {
 		if f.Calls > 0 {
 			calls[string(bytes.TrimRight(f.Name[:], "\x00"))] = int(f.Calls)
 		}
 	}
 	return calls, err
-}
-
-func (m *FaultModule) counts() (*faultCounts, error) {
-	c := new(faultCounts)
-	b, err := os.ReadFile(m.file("counts"))
-	if err == nil {
-		_, err = binary.Decode(b, binary.NativeEndian, c)
-	}
-	return c, err
 }

@@ -1,10 +1,9 @@
 /* A PKCS#11 module that passes every call on to another one, but for the rules in a
    file. fault.go says what the rules are; the two must agree on the files.
 
-   Beside this library lie
-     real.so  the module that does the work
-     rules    one rule a line: number, function, action, value, times, after
-     counts   struct counts, shared by all processes that have the library loaded */
+   Beside this library lie real.so, the module that does the work, and faults, a struct
+   faults that all processes share: so rules reach processes that run, and counts
+   outlive those that end. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -21,23 +20,23 @@
 #define FUNCTIONS 80
 #define RULES 8192
 
-struct counts {
-	struct { char name[32]; unsigned long calls; } functions[FUNCTIONS];
-	struct { unsigned long seen, hits; } rules[RULES];
+struct rule {
+	char function[32], action[16];
+	unsigned long value, times, after;
+	unsigned long seen, hits; /* ours; all else is written by others */
 };
 
-struct rule {
-	unsigned long number, value;
-	long times, after;
-	char function[32], action[16];
-};
+static struct faults {
+	struct { char name[32]; unsigned long calls; } functions[FUNCTIONS]; /* ours */
+	unsigned long from, to; /* rules[from] to rules[to-1] stand */
+	struct rule rules[RULES];
+} *faults;
 
 static CK_FUNCTION_LIST_PTR real;
 static CK_FUNCTION_LIST odd;  /* real, but for what some tokens do otherwise */
 static CK_FUNCTION_LIST mine; /* odd, under the rules */
-static struct counts *counts;
-static char folder[PATH_MAX];
-static __thread struct rule fired; /* the rule that struck this thread's call; no action: none */
+static __thread unsigned long struck; /* the rule that strikes this thread's call */
+#define NONE (~0UL)
 
 /* A broken harness must not look like a token that works. */
 static void die(const char *format, ...) {
@@ -49,46 +48,23 @@ static void die(const char *format, ...) {
 	abort();
 }
 
-static FILE *open_rules(void) {
-	char path[PATH_MAX + 16];
-	snprintf(path, sizeof path, "%s/rules", folder);
-	FILE *f = fopen(path, "re");
-	if (!f) die("cannot read %s: %m", path);
-	return f;
-}
-
-static int next_rule(FILE *f, struct rule *r) {
-	int n = fscanf(f, "%lu %31s %15s %li %ld %ld", &r->number, r->function, r->action, (long *)&r->value, &r->times, &r->after);
-	if (n != 6 && n != EOF) die("the rules are not understood");
-	if (n == 6 && r->number >= RULES) die("rule %lu is one too many", r->number);
-	return n == 6;
-}
-
-static int stands(unsigned long number) {
-	struct rule r;
-	int found = 0;
-	FILE *f = open_rules();
-	while (!found && next_rule(f, &r)) found = r.number == number;
-	fclose(f);
-	return found;
-}
-
 /* Finds the first rule that strikes this call. */
-static void find_rule(const char *function) {
-	struct rule r;
-	fired.action[0] = 0;
-	FILE *f = open_rules();
-	while (!fired.action[0] && next_rule(f, &r)) {
-		if (strcmp(r.function, function) && strcmp(r.function, "*")) continue;
-		long seen = __atomic_fetch_add(&counts->rules[r.number].seen, 1, __ATOMIC_SEQ_CST);
-		if (seen < r.after || (r.times && seen >= r.after + r.times)) continue;
-		__atomic_fetch_add(&counts->rules[r.number].hits, 1, __ATOMIC_SEQ_CST);
-		fired = r;
+static unsigned long find_rule(const char *function) {
+	unsigned long to = __atomic_load_n(&faults->to, __ATOMIC_SEQ_CST);
+	for (unsigned long i = __atomic_load_n(&faults->from, __ATOMIC_SEQ_CST); i < to; i++) {
+		struct rule *r = &faults->rules[i];
+		if (strcmp(r->function, function) && strcmp(r->function, "*")) continue;
+		unsigned long seen = __atomic_fetch_add(&r->seen, 1, __ATOMIC_SEQ_CST);
+		if (seen < r->after || (r->times && seen >= r->after + r->times)) continue;
+		__atomic_fetch_add(&r->hits, 1, __ATOMIC_SEQ_CST);
+		return i;
 	}
-	fclose(f);
+	return NONE;
 }
 
-static int does(const char *action) { return !strcmp(fired.action, action); }
+static int does(const char *action) { return struck != NONE && !strcmp(faults->rules[struck].action, action); }
+
+static CK_RV value(void) { return faults->rules[struck].value; }
 
 static void lose_sessions(void) {
 	CK_SLOT_ID slots[256];
@@ -97,13 +73,13 @@ static void lose_sessions(void) {
 	while (n > 0) real->C_CloseAllSessions(slots[--n]);
 }
 
-/* Tells whether a call is answered here. */
-static int struck(const char *function) {
-	find_rule(function);
+/* Tells whether a call is answered here, by value(). */
+static int answered(const char *function) {
+	struck = find_rule(function);
 	if (does("segv")) *(volatile int *)0 = 1;
 	if (does("abort")) abort();
-	if (does("slow")) usleep(fired.value * 1000);
-	while (does("hang") && stands(fired.number)) usleep(5000);
+	if (does("slow")) usleep(value() * 1000);
+	while (does("hang") && struck >= __atomic_load_n(&faults->from, __ATOMIC_SEQ_CST)) usleep(5000);
 	if (does("lose-sessions") || does("gone")) lose_sessions();
 	if (does("gone")) /* what asks no token works */
 		return strcmp(function, "C_GetSlotList") && strcmp(function, "C_Initialize") && strcmp(function, "C_Finalize") && strcmp(function, "C_GetInfo");
@@ -120,7 +96,7 @@ static CK_RV odd_C_GetSlotList(CK_BBOOL present, CK_SLOT_ID_PTR slots, CK_ULONG_
 
 static CK_RV odd_C_GetTokenInfo(CK_SLOT_ID slot, CK_TOKEN_INFO_PTR info) {
 	CK_RV rv = real->C_GetTokenInfo(slot, info);
-	if (rv == CKR_OK && does("flags")) info->flags |= fired.value;
+	if (rv == CKR_OK && does("flags")) info->flags |= value();
 	return rv;
 }
 
@@ -233,14 +209,14 @@ enum {
 #undef X
 	functions
 };
-_Static_assert(functions <= FUNCTIONS, "more functions than counts");
+_Static_assert(functions <= FUNCTIONS, "more functions than there is room for");
 
 #define PASS(n, parameters, arguments) \
 	static CK_RV mine_##n parameters { \
-		__atomic_fetch_add(&counts->functions[index_##n].calls, 1, __ATOMIC_SEQ_CST); \
-		if (struck(#n)) return fired.value; \
+		__atomic_fetch_add(&faults->functions[index_##n].calls, 1, __ATOMIC_SEQ_CST); \
+		if (answered(#n)) return value(); \
 		CK_RV rv = odd.n arguments; \
-		return does("rv-after") ? fired.value : rv; \
+		return does("rv-after") ? value() : rv; \
 	}
 #define PASS1(n, A) PASS(n, (A a), (a))
 #define PASS2(n, A, B) PASS(n, (A a, B b), (a, b))
@@ -254,17 +230,16 @@ EACH_FUNCTION
 #undef X
 
 static void load(void) {
-	char path[PATH_MAX + 16];
+	char path[PATH_MAX];
 	Dl_info self;
-	if (!dladdr((void *)load, &self)) die("does not know its own path");
-	snprintf(folder, sizeof folder, "%s", self.dli_fname);
-	*strrchr(folder, '/') = 0;
-	snprintf(path, sizeof path, "%s/counts", folder);
+	if (!dladdr((void *)load, &self) || strlen(self.dli_fname) > PATH_MAX - 16) die("does not know its own path");
+	char *name = strrchr(strcpy(path, self.dli_fname), '/') + 1;
+	strcpy(name, "faults");
 	int fd = open(path, O_RDWR | O_CLOEXEC);
-	counts = fd < 0 ? MAP_FAILED : mmap(NULL, sizeof *counts, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	if (counts == MAP_FAILED) die("cannot map %s: %m", path);
+	faults = fd < 0 ? MAP_FAILED : mmap(NULL, sizeof *faults, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (faults == MAP_FAILED) die("cannot map %s: %m", path);
 	close(fd);
-	snprintf(path, sizeof path, "%s/real.so", folder);
+	strcpy(name, "real.so");
 	void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
 	if (!library) die("%s", dlerror());
 	CK_C_GetFunctionList list = (CK_C_GetFunctionList)dlsym(library, "C_GetFunctionList");
@@ -274,7 +249,7 @@ static void load(void) {
 	odd.C_GetTokenInfo = odd_C_GetTokenInfo;
 	odd.C_EncryptInit = odd_C_EncryptInit;
 	odd.C_Encrypt = odd_C_Encrypt;
-#define X(n, ...) mine.n = mine_##n; strcpy(counts->functions[index_##n].name, #n);
+#define X(n, ...) mine.n = mine_##n; strcpy(faults->functions[index_##n].name, #n);
 	EACH_FUNCTION
 #undef X
 }
