@@ -47,7 +47,7 @@ type Error struct {
 }
 
 func (e *Error) Error() string {
-	return fmt.Sprintf("%s: %s", e.What, advice[e.Class])
+	return fmt.Sprintf("%s (class %s): %s", e.What, e.Class, advice[e.Class])
 }
 
 // ClassOf gives the class of a failure, or "" if it is none of the token's.
