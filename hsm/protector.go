@@ -147,26 +147,31 @@ func (h *HSM) verified(bind, body []byte) ([]byte, error) {
 	return nil, ErrNotAuthentic
 }
 
-// open unwraps e. Some tokens do not say whether the data or they are at fault;
-// then the key has to show that it works, and the data gets one more chance.
+// open unwraps e. Some tokens do not say whether the data or they are at fault, and
+// one that says so may be wrong: the key has to show that it works, and the data gets
+// one more chance. Much hangs on it, for a root that is not authentic makes way for
+// an older one.
 func (h *HSM) open(ctx context.Context, e *envelope, what, id string) (*secret.Bytes, error) {
 	if err := e.made(methodNumber(h.method.name)); err != nil {
 		return nil, err
 	}
 	plain, err := h.unwrap(ctx, e, what, id)
-	if ClassOf(err) == ClassAmbiguous {
-		if h.canary(ctx, e, what) != nil {
-			return nil, err
-		}
-		plain, err = h.unwrap(ctx, e, what, id)
-		if ClassOf(err) == ClassAmbiguous {
-			return nil, ErrNotAuthentic
-		}
+	if !blamesData(err) {
+		return plain, err
 	}
-	if ClassOf(err) == ClassData {
+	if canary := h.canary(ctx, e, what); canary != nil {
+		return nil, fmt.Errorf("%v; and the key's self-test: %w", err, canary)
+	}
+	if plain, err = h.unwrap(ctx, e, what, id); blamesData(err) {
 		return nil, ErrNotAuthentic
 	}
 	return plain, err
+}
+
+// blamesData tells whether it may be the data's fault.
+func blamesData(err error) bool {
+	c := ClassOf(err)
+	return c == ClassData || c == ClassAmbiguous
 }
 
 func (h *HSM) unwrap(ctx context.Context, e *envelope, what, id string) (plain *secret.Bytes, err error) {
@@ -211,10 +216,10 @@ func (h *HSM) canary(ctx context.Context, like *envelope, what string) error {
 		}
 		got, err := h.unwrap(ctx, &changed, what, id)
 		got.Wipe()
-		switch c := ClassOf(err); {
+		switch {
 		case err == nil:
 			return &Error{Class: ClassPolicy, What: "self-test of " + label(h.cfg.Name, what) + ": the token does not authenticate"}
-		case c != ClassData && c != ClassAmbiguous:
+		case !blamesData(err):
 			return err // something else failed: nothing was shown
 		}
 	}
