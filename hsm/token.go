@@ -71,6 +71,9 @@ type session struct {
 // module, which everybody in the process would feel.
 const tokenPause = 250 * time.Millisecond
 
+// busyPause is how long a token that is out of sessions or memory gets to recover.
+const busyPause = 20 * time.Millisecond
+
 var errClosed = errors.New("hsm: used after Close")
 
 // Open logs in to a host's token, which [Provision] has prepared, and checks that
@@ -179,8 +182,8 @@ func (s *session) aside(fn func(*session) error) error {
 }
 
 // do runs fn with a session of its own. If the session, the login or a handle
-// was lost, or the token is gone, it repairs that and runs fn once more: fn must
-// do the same thing when it runs twice.
+// was lost, or the token is gone or busy, it repairs that and runs fn once more: fn
+// must do the same thing when it runs twice.
 func (h *HSM) do(ctx context.Context, fn func(*session) error) error {
 	return h.perform(ctx, fn, h.mod.mu.RLocker())
 }
@@ -208,7 +211,7 @@ func (h *HSM) perform(ctx context.Context, fn func(*session) error, module sync.
 		return err
 	}
 	a := h.once(fn, module)
-	if a.err == nil || !h.repair(&a) {
+	if a.err == nil || !h.repair(ctx, &a) {
 		return a.err
 	}
 	a = h.once(fn, module)
@@ -241,10 +244,17 @@ func (h *HSM) once(fn func(*session) error, module sync.Locker) attempt {
 }
 
 // repair tells whether another try makes sense, and prepares it.
-func (h *HSM) repair(a *attempt) bool {
+func (h *HSM) repair(ctx context.Context, a *attempt) bool {
 	switch ClassOf(a.err) {
 	case ClassHandle:
 		return true
+	case ClassBusy:
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(busyPause):
+			return true
+		}
 	case ClassSession, ClassLogin:
 		h.drop(a.conn)
 		return true
@@ -361,17 +371,22 @@ func (m *module) findToken(uri *URI) (slot uint, info pkcs11.TokenInfo, err erro
 		return 0, info, failed("C_GetSlotList", err)
 	}
 	found := 0
+	mute := "" // why a slot did not say what is in it
 	for _, s := range slots {
 		ti, err := m.p.GetTokenInfo(s)
-		if err != nil || !matches(uri, s, ti) {
-			continue // one bad slot must not hide the others
+		if err != nil { // one bad slot must not hide the others
+			mute = fmt.Sprintf("; C_GetTokenInfo of slot %d: %v", s, err)
+			continue
+		}
+		if !matches(uri, s, ti) {
+			continue
 		}
 		slot, info = s, ti
 		found++
 	}
 	switch found {
 	case 0:
-		return 0, info, &Error{Class: ClassToken, What: fmt.Sprintf("no token matches %s in %d slots of %s", uri.path(), len(slots), m.path)}
+		return 0, info, &Error{Class: ClassToken, What: fmt.Sprintf("no token matches %s in %d slots of %s%s", uri.path(), len(slots), m.path, mute)}
 	case 1:
 		return slot, info, nil
 	}
@@ -444,9 +459,9 @@ func (h *HSM) sendPIN(sh pkcs11.SessionHandle, value *secret.Bytes) error {
 		rv == pkcs11.CKR_USER_ANOTHER_ALREADY_LOGGED_IN:
 		return errors.Join(failed("C_Login", err), l.Disarm())
 	case rv == pkcs11.CKR_PIN_LOCKED:
-		return fmt.Errorf("%w, which is locked (%w): unlock it with the security officer's PIN", pin.ErrRefused, err)
+		return fmt.Errorf("%w, which is locked (C_Login: %w): unlock it with the security officer's PIN", pin.ErrRefused, err)
 	}
-	return fmt.Errorf("%w from %s (%w): put the right PIN there; this one is not sent again", pin.ErrRefused, h.pin, err)
+	return fmt.Errorf("%w from %s (C_Login: %w): put the right PIN there; this one is not sent again", pin.ErrRefused, h.pin, err)
 }
 
 // logIn sends the PIN.
