@@ -57,6 +57,7 @@ func runWithTokens(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(dir)
+	defer testenv.Clean()
 	tokenDir = dir
 	err = os.Setenv("SOFTHSM2_CONF", filepath.Join(dir, "softhsm2.conf"))
 	if err := errors.Join(err, os.Setenv(testenv.FastNSS())); err != nil {
