@@ -51,9 +51,6 @@ func (h *HSM) Session(ctx context.Context, fn func(p *pkcs11.Ctx, sh pkcs11.Sess
 	return h.do(ctx, func(s *session) error { return fn(s.p, s.h, s.slot) })
 }
 
-// MayTry is the check of a token's flags before a login.
-var MayTry = mayTry
-
 // ParsePoint parses CKA_EC_POINT.
 var ParsePoint = parsePoint
 

@@ -20,6 +20,8 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"conseal/agent/vault"
+	"conseal/agent/vault/vaulttest"
 	"conseal/hsm"
 	"conseal/internal/secret"
 	"conseal/testenv"
@@ -467,6 +469,84 @@ func TestSessionsLostAtEachCall(t *testing.T) {
 				}
 				s.settle(what)
 			}
+		}
+	})
+}
+
+// TestTokenGone pulls the token out in the middle of each operation.
+func TestTokenGone(t *testing.T) {
+	eachOperation(t, nil, func(s *sweep, run func() error, calls map[string]int) {
+		total := 0
+		for _, n := range calls {
+			total += n
+		}
+		for after := range total {
+			if after > 0 && rand.IntN(total) >= 4 && !*soak {
+				continue
+			}
+			what := fmt.Sprintf("the token gone at call %d of %d", after+1, total)
+			r := s.set("*", testenv.Gone, pkcs11.CKR_DEVICE_REMOVED, 0, after)
+			if err := run(); err != nil { // the last calls may be of no importance
+				s.wantClass(what, "", hsm.ClassToken, err)
+			}
+			for name, operation := range operations {
+				if name == "login" || s.h == nil && name != "provision" {
+					continue // it ends the host that the others need, or has ended it
+				}
+				if err := operation(s, s.t.Context()); err == nil {
+					s.t.Errorf("%s: %s works", what, name)
+				} else {
+					s.wantClass(what, "", hsm.ClassToken, err)
+				}
+			}
+			s.end(r, what)
+			s.settle(what)
+		}
+	})
+}
+
+// TestOddGCM meets tokens that do AES-GCM otherwise: each works like any token, or is
+// refused when it is provisioned, in words that say why.
+func TestOddGCM(t *testing.T) {
+	for action, call := range map[testenv.Action]string{
+		testenv.ReplaceIV: "C_EncryptInit", testenv.AppendIV: "C_EncryptInit", testenv.ShortSize: "C_Encrypt",
+	} {
+		t.Run(string(action), func(t *testing.T) {
+			f := newFaulty(t)
+			r := f.set(call, action, 0, 0, 0)
+			_, err := hsm.Provision(t.Context(), f.cfg)
+			if n, hitsErr := f.Hits(r); n == 0 || hitsErr != nil {
+				t.Fatalf("the token was not odd: %v", hitsErr)
+			}
+			if err == nil {
+				f.conform()
+				return
+			}
+			if hsm.ClassOf(err) != hsm.ClassPolicy || !strings.Contains(err.Error(), "C_Encrypt") || !strings.Contains(err.Error(), "provisioning") {
+				t.Errorf("refused without a reason: %v", err)
+			}
+			if _, err := hsm.Open(t.Context(), f.cfg); err == nil {
+				t.Error("it opens although provisioning refused it")
+			}
+			t.Log(err)
+		})
+	}
+}
+
+// conform runs what every protector must do.
+func (f *faulty) conform() {
+	vaulttest.Run(f.t, func(t *testing.T) vaulttest.Host {
+		cfg := config(t, newToken(t), "web1")
+		uri, err := hsm.ParseURI(cfg.URI)
+		if err != nil {
+			t.Fatal(err)
+		}
+		uri.ModulePath = f.Path
+		cfg.URI = uri.String()
+		return vaulttest.Host{
+			Protector: provision(t, cfg),
+			Reopen:    func() vault.Protector { return open(t, cfg) },
+			State:     cfg.StateDir,
 		}
 	})
 }

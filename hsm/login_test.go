@@ -3,6 +3,8 @@
 package hsm_test
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -19,15 +21,6 @@ type spied struct {
 	cfg hsm.Config
 	log string
 	env []string
-}
-
-func newSpied(t *testing.T) spied {
-	t.Helper()
-	_, cfg := newHost(t)
-	s := newSpy(t, cfg.URI)
-	cfg.URI, cfg.PINSource = s.cfg.URI, writeFile(t, "pin", "wrong", 0o600)
-	s.cfg = cfg
-	return s
 }
 
 // newSpy puts pkcs11-spy between a URI and its module.
@@ -47,25 +40,15 @@ func newSpy(t *testing.T, of string) spied {
 	return spied{hsm.Config{URI: uri.String()}, log, env}
 }
 
-// open opens the token in a new process.
-func (s spied) open(t *testing.T) error {
-	t.Helper()
-	return s.run(t, "open")
-}
-
 // run is a new process in a role.
 func (s spied) run(t *testing.T, role string) error {
 	t.Helper()
 	out, err := childCommand(t, role, s.cfg, s.env...).CombinedOutput()
 	if err != nil {
-		return &childError{string(out)}
+		return errors.New(string(out))
 	}
 	return nil
 }
-
-type childError struct{ text string }
-
-func (e *childError) Error() string { return e.text }
 
 func (s spied) logins(t *testing.T) int {
 	t.Helper()
@@ -76,58 +59,116 @@ func (s spied) logins(t *testing.T) int {
 	return strings.Count(string(b), ": C_Login\n")
 }
 
+// opened opens the host's token in a new process.
+func (f *faulty) opened() error {
+	f.t.Helper()
+	out, err := childCommand(f.t, "open", f.cfg).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s", out)
+	}
+	return nil
+}
+
+// newLogin is a provisioned host, and what counts its logins from now on.
+func newLogin(t *testing.T) (f *faulty, logins func() int) {
+	t.Helper()
+	f = newFaulty(t)
+	provision(t, f.cfg).Close()
+	before := f.calls()["C_Login"]
+	return f, func() int { return f.calls()["C_Login"] - before }
+}
+
 // TestAWrongPINIsSentOnce counts C_Login where the module is entered.
 func TestAWrongPINIsSentOnce(t *testing.T) {
-	s := newSpied(t)
+	s, logins := newLogin(t)
+	right := s.cfg.PINSource
+	wrong := writeFile(t, "pin", "wrong", 0o600)
+	s.cfg.PINSource = wrong
 	for n := range 4 {
-		err := s.open(t)
+		err := s.opened()
 		if err == nil || !strings.Contains(err.Error(), "refused the PIN") || strings.Contains(err.Error(), "wrong") {
 			t.Errorf("process %d: %v", n, err)
 		}
-		if got := s.logins(t); got != 1 {
+		if got := logins(); got != 1 {
 			t.Fatalf("after %d processes the PIN was sent %d times", n+1, got)
 		}
 	}
-	uri, err := hsm.ParseURI(s.cfg.URI)
-	if err != nil {
-		t.Fatal(err)
-	}
-	wrong := s.cfg.PINSource
-	s.cfg.PINSource = uri.PINSource // the right one
+	s.cfg.PINSource = right
 	for n := range 2 {
-		if err := s.open(t); err != nil {
+		if err := s.opened(); err != nil {
 			t.Fatalf("with the right PIN: %v", err)
 		}
-		if got := s.logins(t); got != 2+n {
+		if got := logins(); got != 2+n {
 			t.Errorf("C_Login was called %d times", got)
 		}
 	}
 	s.cfg.PINSource = wrong
 	for range 2 {
-		if s.open(t) == nil {
+		if s.opened() == nil {
 			t.Error("opened with a wrong PIN")
 		}
 	}
-	if got := s.logins(t); got != 4 { // the success forgot the old refusal
+	if got := logins(); got != 4 { // the success forgot the old refusal
 		t.Errorf("C_Login was called %d times", got)
 	}
 	if err := hsm.ClearLatch(s.cfg.StateDir); err != nil {
 		t.Fatal(err)
 	}
-	if s.open(t) == nil || s.logins(t) != 5 {
-		t.Errorf("after ClearLatch C_Login was called %d times", s.logins(t))
+	if s.opened() == nil || logins() != 5 {
+		t.Errorf("after ClearLatch C_Login was called %d times", logins())
 	}
 }
 
+// TestNoPINForATokenAboutToLock: the token is asked before the PIN is sent.
 func TestNoPINForATokenAboutToLock(t *testing.T) {
-	for flags, want := range map[uint]bool{
-		0: true, pkcs11.CKF_USER_PIN_COUNT_LOW: true,
-		pkcs11.CKF_USER_PIN_FINAL_TRY: false, pkcs11.CKF_USER_PIN_LOCKED: false,
-		pkcs11.CKF_USER_PIN_FINAL_TRY | pkcs11.CKF_USER_PIN_COUNT_LOW: false,
+	s, logins := newLogin(t)
+	for flags, want := range map[uint]string{
+		pkcs11.CKF_USER_PIN_FINAL_TRY:                                 "one more wrong PIN locks the token",
+		pkcs11.CKF_USER_PIN_FINAL_TRY | pkcs11.CKF_USER_PIN_COUNT_LOW: "one more wrong PIN locks the token",
+		pkcs11.CKF_USER_PIN_LOCKED:                                    "is locked",
 	} {
-		err := hsm.MayTry(flags)
-		if (err == nil) != want || (err != nil && hsm.ClassOf(err) != hsm.ClassAuth) {
+		r := s.set("C_GetTokenInfo", testenv.Flags, flags, 0, 0)
+		_, err := hsm.Open(t.Context(), s.cfg)
+		s.end(r, want)
+		if hsm.ClassOf(err) != hsm.ClassAuth || !strings.Contains(err.Error(), want) {
 			t.Errorf("flags %#x: %v", flags, err)
 		}
+		if n := logins(); n != 0 {
+			t.Fatalf("flags %#x: the PIN was sent", flags)
+		}
+	}
+	r := s.set("C_GetTokenInfo", testenv.Flags, pkcs11.CKF_USER_PIN_COUNT_LOW, 0, 0)
+	open(t, s.cfg)
+	s.end(r, "count low")
+	if n := logins(); n != 1 {
+		t.Errorf("with tries to spare, C_Login was called %d times", n)
+	}
+}
+
+// TestARefusedPINIsNotSentByLaterOperations: the token forgets its login and then does not
+// take the PIN any more.
+func TestARefusedPINIsNotSentByLaterOperations(t *testing.T) {
+	for value, want := range map[uint]string{
+		pkcs11.CKR_PIN_INCORRECT: "put the right PIN there", pkcs11.CKR_PIN_LOCKED: "is locked", pkcs11.CKR_GENERAL_ERROR: "not sent again",
+	} {
+		s := newSweep(t)
+		before := s.calls()["C_Login"]
+		lost := s.set("C_FindObjectsInit", testenv.LoseSessions, 0, 1, 0)
+		refused := s.set("C_Login", testenv.ReturnValue, value, 0, 0)
+		for n := range 6 {
+			err := s.open(t.Context())
+			if hsm.ClassOf(err) != hsm.ClassAuth || n == 0 && !strings.Contains(err.Error(), want) {
+				t.Errorf("%#x, operation %d: %v", value, n, err)
+			}
+		}
+		if n := s.calls()["C_Login"] - before; n != 1 {
+			t.Errorf("%#x: six operations made %d logins", value, n)
+		}
+		s.end(lost, "lost")
+		s.end(refused, "refused")
+		if err := s.open(t.Context()); hsm.ClassOf(err) != hsm.ClassAuth || !strings.Contains(err.Error(), "not sent again") {
+			t.Errorf("%#x: once the token would take it: %v", value, err)
+		}
+		s.settle("the latch was cleared")
 	}
 }
