@@ -48,9 +48,10 @@ bench: deps ## measure, one figure a line: bench NAME VALUE UNIT
 fuzz: ## fuzz every decoder, FUZZTIME each (default 1m): make fuzz FUZZ=protocol/cmp FUZZTIME=10m
 	@./internal/fuzz.sh $(or $(FUZZTIME),1m) $(FUZZ)
 
-soak: deps ## the crash tests many times over, two minutes of all schemes at once, 70,000 uses of a TPM, 200 kills
+soak: deps ## the crash tests many times over, two minutes of all schemes at once, 70,000 uses of a TPM, all faults of an HSM, kills around both
 	$(GO) test -count=1 -timeout 2h -run 'Random|NoPresignatureTwice|AllSchemesAtOnce' -v ./agent -soak
 	$(GO) test -count=1 -timeout 2h -run 'ManyUses|Killed' -v ./tpm -soak
+	$(GO) test -count=1 -timeout 2h -run 'Kill|Fault|SessionsLost|TokenGone' -v ./hsm -soak
 
 generate: ## make the code of the .proto files again
 	$(GO) generate ./agent/api

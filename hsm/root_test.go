@@ -329,6 +329,10 @@ func child(mode string) int {
 	}
 	defer h.Close()
 	fmt.Println("ready")
+	if mode == "epochs" {
+		fmt.Fprintln(os.Stderr, epochs(ctx, h, cfg))
+		return 1
+	}
 	if mode != "roots" {
 		return 0
 	}
@@ -345,12 +349,11 @@ func child(mode string) int {
 
 // TestKillInSetRoot kills a process that sets roots, at random moments.
 func TestKillInSetRoot(t *testing.T) {
-	const kills = 30
 	h, cfg := newHost(t)
 	h.Close()
 	n := 0                // the next root's number
 	possible := []int{-1} // numbers of the roots that may be it; -1: none
-	for kill := range kills {
+	for kill := range kills() {
 		out := &lines{ready: make(chan struct{})}
 		cmd := childCommand(t, "roots", cfg, fmt.Sprint("HSM_TEST_FROM=", n))
 		cmd.Stdout = out
@@ -382,13 +385,13 @@ func TestKillInSetRoot(t *testing.T) {
 			possible = []int{whichRoot(t, cfg, possible)}
 		}
 	}
-	if n < kills {
-		t.Errorf("only %d roots were tried in %d kills", n, kills)
+	if n < kills() {
+		t.Errorf("only %d roots were tried in %d kills", n, kills())
 	}
 	h = open(t, cfg)
 	setRoot(t, h)
 	wantClean(t, h, cfg)
-	t.Logf("%d kills, %d roots", kills, n)
+	t.Logf("%d kills, %d roots", kills(), n)
 }
 
 // whichRoot tells which of the possible roots it is.
