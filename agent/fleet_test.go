@@ -271,6 +271,12 @@ func secretsOf(ctx context.Context, t *testing.T, h *testenv.Host) map[string][]
 	t.Helper()
 	p := openTPM(ctx, t, h, h.State())
 	defer p.Close(ctx)
+	return vaultSecrets(ctx, t, h, p)
+}
+
+// vaultSecrets reads share, root and data key from a stopped host's vault.
+func vaultSecrets(ctx context.Context, t *testing.T, h *testenv.Host, p vault.Protector) map[string][]byte {
+	t.Helper()
 	v, err := vault.Open(ctx, filepath.Join(h.State(), "vault"), h.Name, p)
 	must(t, err)
 	defer v.Close()
@@ -301,7 +307,7 @@ func traces(s []byte) (out [][]byte) {
 	reversed := bytes.Clone(s)
 	slices.Reverse(reversed)
 	for _, b := range [][]byte{s, reversed} {
-		out = append(out, b, []byte(hex.EncodeToString(b)), []byte(strings.ToUpper(hex.EncodeToString(b))), []byte(base64.RawStdEncoding.EncodeToString(b)[:40]), []byte(base64.RawURLEncoding.EncodeToString(b)[:40]))
+		out = append(out, b, []byte(hex.EncodeToString(b)), []byte(strings.ToUpper(hex.EncodeToString(b))), []byte(base64.RawStdEncoding.EncodeToString(b)[:len(b)*5/4]), []byte(base64.RawURLEncoding.EncodeToString(b)[:len(b)*5/4]))
 	}
 	return append(out, []byte(strings.Trim(fmt.Sprint(s), "[]")))
 }

@@ -128,7 +128,7 @@ func (k *killed) check() {
 		if s.Number == r.Active || r.Voted != nil && s.Number == r.Voted.Number {
 			held++
 		}
-		if err := v.Lend(t.Context(), killKey, s.Number, func(got []byte) error {
+		if err := v.Lend(context.Background(), killKey, s.Number, func(got []byte) error {
 			if !want.Equal(secret.Copy(got)) {
 				k.t.Errorf("the share of epoch %s is another", s.Number)
 			}
