@@ -327,6 +327,9 @@ func eachOperation(t *testing.T, rarely []string, test func(s *sweep, run func()
 	}
 }
 
+// drawn draws a quarter of the cases that are too many for each run; -soak has all.
+func drawn() bool { return *soak || rand.IntN(4) == 0 }
+
 // TestFaultAtEachCall lets each call of each operation fail once by each class of
 // failure: before it does anything and, where a token may say so of what it did, after.
 // Of functions that are called many times in an operation, a part is drawn.
@@ -337,7 +340,7 @@ func TestFaultAtEachCall(t *testing.T) {
 			for class, value := range classes {
 				for after := range n {
 					for _, do := range []testenv.Action{testenv.ReturnValue, testenv.ReturnAfter} {
-						if do == testenv.ReturnAfter && !slices.Contains(done, class) || n > 4 && rand.IntN(4) > 0 && !*soak {
+						if do == testenv.ReturnAfter && !slices.Contains(done, class) || n > 4 && !drawn() {
 							continue
 						}
 						what := fmt.Sprintf("%s %s of %s at call %d", do, class, call, after+1)
@@ -366,6 +369,9 @@ func TestFaultThatStays(t *testing.T) {
 				continue // whatever it says, the session is not used again
 			}
 			for class, value := range classes {
+				if len(calls) > 12 && !drawn() { // login and provision, which take long
+					continue
+				}
 				what := fmt.Sprintf("%s of every %s", class, call)
 				r := s.set(call, testenv.ReturnValue, value, 0, 0)
 				err := run()
@@ -475,7 +481,7 @@ func TestSessionsLostAtEachCall(t *testing.T) {
 
 // TestTokenGone pulls the token out in the middle of each operation.
 func TestTokenGone(t *testing.T) {
-	eachOperation(t, nil, func(s *sweep, run func() error, calls map[string]int) {
+	eachOperation(t, []string{"provision", "login", "open damaged"}, func(s *sweep, run func() error, calls map[string]int) {
 		total := 0
 		for _, n := range calls {
 			total += n
