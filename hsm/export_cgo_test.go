@@ -77,7 +77,7 @@ func SetPIN(key crypto.Signer, from, to string) error {
 func MakeObject(key crypto.Signer) error {
 	s := key.(*tokenKey).s
 	s.name = "nobody"
-	return s.makeSentinel()
+	return s.makeData()
 }
 
 // SmallRSA makes RSA keys of 2048 bits, which take a fifth of the time, until its

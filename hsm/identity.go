@@ -169,7 +169,7 @@ func (s *session) generateIdentity() error {
 	var id keyID
 	rand.Read(id[:])
 	name := []*pkcs11.Attribute{attr(pkcs11.CKA_LABEL, s.label("identity")), attr(pkcs11.CKA_ID, id[:])}
-	return frozen(func(extra []*pkcs11.Attribute) error {
+	return s.frozen(s.label("identity"), name[1:], func(extra []*pkcs11.Attribute) error {
 		public := append([]*pkcs11.Attribute{
 			attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_PRIVATE, false), attr(pkcs11.CKA_VERIFY, true),
 			attr(pkcs11.CKA_EC_PARAMS, oidP256())}, append(name, extra...)...)

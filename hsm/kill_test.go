@@ -61,12 +61,21 @@ func epochs(ctx context.Context, h *hsm.HSM, cfg hsm.Config) error {
 			func() error {
 				var older []vault.Drop
 				for _, s := range r.Staged {
-					older = append(older, vault.Drop{Key: killKey, Number: s.Number})
+					if s.Number != killNumber(n) {
+						older = append(older, vault.Drop{Key: killKey, Number: s.Number})
+					}
 				}
 				return v.Drop(ctx, older)
 			},
 		}
+		first := 0
+		if r.Voted != nil && r.Voted.Number.Compare(r.Active) > 0 { // it was killed before it activated that
+			n, first = int(r.Voted.Number.Attempt), 2
+		}
 		for i, step := range steps {
+			if i < first {
+				continue
+			}
 			fmt.Println("try", n, i)
 			if err := step(); err != nil {
 				return err

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/miekg/pkcs11"
 )
@@ -31,12 +32,12 @@ const anyClass = ^uint(0)
 // find gives all token objects of a class under a label. Whoever concludes
 // anything from an empty answer calls sentinel first.
 func (s *session) find(class uint, label string, more ...*pkcs11.Attribute) ([]pkcs11.ObjectHandle, error) {
-	return s.findAny(class, label, append(more, attr(pkcs11.CKA_TOKEN, true))...)
+	return s.findAny(class, label, append(slices.Clip(more), attr(pkcs11.CKA_TOKEN, true))...)
 }
 
 // findAny gives session objects too.
 func (s *session) findAny(class uint, label string, more ...*pkcs11.Attribute) ([]pkcs11.ObjectHandle, error) {
-	template := append(more, attr(pkcs11.CKA_LABEL, label))
+	template := append(slices.Clone(more), attr(pkcs11.CKA_LABEL, label))
 	if class != anyClass {
 		template = append(template, attr(pkcs11.CKA_CLASS, class))
 	}
@@ -156,14 +157,19 @@ func template(properties []property, more ...*pkcs11.Attribute) []*pkcs11.Attrib
 	return more
 }
 
-// frozen calls generate with what keeps a key from being changed or copied, and
+// frozen calls generate with what keeps an object from being changed or copied, and
 // with less where the token does not know that, or fails over it as NSS does over
-// CKA_COPYABLE.
-func frozen(generate func(extra []*pkcs11.Attribute) error) (err error) {
+// CKA_COPYABLE. A token may fail after it has made the object: that is destroyed, by
+// its label and by what else is its own.
+func (s *session) frozen(label string, own []*pkcs11.Attribute, generate func(extra []*pkcs11.Attribute) error) (err error) {
 	unmodifiable, uncopyable := attr(pkcs11.CKA_MODIFIABLE, false), attr(pkcs11.CKA_COPYABLE, false)
 	for _, extra := range [][]*pkcs11.Attribute{{unmodifiable, uncopyable}, {unmodifiable}, nil} {
 		if err = generate(extra); !unable(err) {
 			return err
+		}
+		made := s.aside(func(s *session) error { return s.destroyAll(s.findAny(anyClass, label, own...)) })
+		if made != nil {
+			return errors.Join(err, made)
 		}
 	}
 	return err
@@ -217,7 +223,7 @@ func (s *session) makeKey(label string, id keyID) error {
 func (s *session) generate(label string, id keyID, token bool) (key pkcs11.ObjectHandle, err error) {
 	kind := s.method.key
 	name := []*pkcs11.Attribute{attr(pkcs11.CKA_LABEL, label), attr(pkcs11.CKA_ID, id[:]), attr(pkcs11.CKA_TOKEN, token)}
-	err = frozen(func(extra []*pkcs11.Attribute) error {
+	err = s.frozen(label, name[1:2], func(extra []*pkcs11.Attribute) error {
 		own := template(guarded(kind.usage...), append(extra, name...)...)
 		if kind.class == pkcs11.CKO_PRIVATE_KEY {
 			key, err = s.generateRSA(kind, own)

@@ -140,7 +140,7 @@ func (s *session) makeSentinel() error {
 }
 
 func (s *session) makeData() error {
-	return frozen(func(extra []*pkcs11.Attribute) error {
+	return s.frozen(s.label("sentinel"), nil, func(extra []*pkcs11.Attribute) error {
 		_, err := s.p.CreateObject(s.h, append([]*pkcs11.Attribute{
 			attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA), attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_PRIVATE, true),
 			attr(pkcs11.CKA_LABEL, s.label("sentinel")), attr(pkcs11.CKA_APPLICATION, "conseal"),

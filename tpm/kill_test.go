@@ -95,6 +95,13 @@ func (v *victim) live(ctx context.Context) error {
 		return err
 	}
 	r, _ := w.Record(killedKey)
+	if r.Voted != nil && r.Voted.Number.Compare(r.Active) > 0 { // it was killed before it activated that
+		n := r.Voted.Number
+		if err := w.Activate(ctx, killedKey, n, []byte("certificate "+n.String())); err != nil {
+			return err
+		}
+		r, _ = w.Record(killedKey)
+	}
 	next := r.Active.Attempt
 	for _, s := range r.Staged {
 		next = max(next, s.Number.Attempt)
