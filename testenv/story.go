@@ -58,7 +58,7 @@ func Stories(ctx context.Context, bin Binaries, dir string, live io.Writer) (p t
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"say": s.say, "token": s.token, "team": s.team, "fleet": s.fleet, "measure": s.measure, "boot": s.boot, "reboot": s.reboot,
+			"say": s.say, "token": s.token, "team": s.team, "fleet": s.fleet, "measure": s.measure, "boot": s.boot, "fault": s.fault, "reboot": s.reboot,
 			"image": s.image, "putback": s.putback, "key": s.key, "up": s.up, "down": s.down,
 			"crash": s.crash, "ready": s.ready, "on": s.on, "run": s.run, "end": s.end,
 		},
@@ -77,6 +77,7 @@ type story struct {
 	team    Team
 	version int
 	written string // the keys that the roster has
+	faults  *FaultModule
 }
 
 type storyteller struct {
@@ -121,6 +122,11 @@ func (s *storyteller) fleet(ts *testscript.TestScript, neg bool, kinds []string)
 			ts.Setenv(strings.ToUpper(h.Name)+"_CONFIG", h.ConfigFile())
 			ts.Setenv(strings.ToUpper(h.Name)+"_POLICY", h.PolicyFile())
 			ts.Setenv(strings.ToUpper(h.Name)+"_STATE", h.State())
+			if h.Token != nil {
+				ts.Setenv(strings.ToUpper(h.Name)+"_TOKEN", h.Token.URI)
+				ts.Setenv(strings.ToUpper(h.Name)+"_PIN", h.Token.PINFile)
+				ts.Setenv(strings.ToUpper(h.Name)+"_SOFTHSM2_CONF", h.Token.Conf)
+			}
 			ts.Setenv(strings.ToUpper(h.Name)+"_EVENT_LOG", h.EventLogFile())
 			s.tell("   %s: %s, identity %.23s...", h.Name, map[string]string{"tpm": "swtpm", "hsm": "SoftHSM"}[h.Protector], h.Identity)
 		}
@@ -230,6 +236,51 @@ func (s *storyteller) reboot(ts *testscript.TestScript, neg bool, names []string
 			s.tell("   %s starts again", h.Name)
 		}
 		return nil
+	})
+}
+
+// fault puts a module that injects faults before a stopped host's token, adds a fault to
+// it, or ends all of them: "fault HOST", "fault HOST CALL WHAT VALUE TIMES", "fault HOST end".
+func (s *storyteller) fault(ts *testscript.TestScript, neg bool, args []string) {
+	s.step(ts, neg, func(ctx context.Context, st *story) error {
+		if len(args) == 0 || st.fleet == nil {
+			return errors.New("usage, after fleet: fault HOST [end | CALL WHAT VALUE TIMES]")
+		}
+		hosts, err := s.hosts(st, args[:1])
+		if err != nil {
+			return err
+		}
+		h := hosts[0]
+		switch {
+		case len(args) == 1 && h.Token != nil && !h.Running():
+			dir := filepath.Join(h.Dir, "fault")
+			if err := os.Mkdir(dir, 0o700); err != nil {
+				return err
+			}
+			if st.faults, err = NewFaultModule(ctx, dir, h.Token.Module); err != nil {
+				return err
+			}
+			h.Token.URI = strings.Replace(h.Token.URI, h.Token.Module, st.faults.Path, 1)
+			h.Token.Module = st.faults.Path
+			s.tell("   %s has a PKCS#11 module that can be made to fail", h.Name)
+			return h.WriteConfig()
+		case len(args) == 2 && args[1] == "end" && st.faults != nil:
+			s.tell("   the module of %s works again", h.Name)
+			return st.faults.Clear()
+		case len(args) == 5 && st.faults != nil:
+			var f Fault
+			f.Call, f.Do = args[1], Action(args[2])
+			value, err := strconv.ParseUint(args[3], 0, 32)
+			times, err2 := strconv.Atoi(args[4])
+			if err := errors.Join(err, err2); err != nil {
+				return err
+			}
+			f.Value, f.Times = uint(value), times
+			s.tell("   the module of %s: %s %s", h.Name, f.Call, f.Do)
+			_, err = st.faults.Set(f)
+			return err
+		}
+		return fmt.Errorf("host %s runs, has no token or no module that fails, or what is wanted is unclear", h.Name)
 	})
 }
 
