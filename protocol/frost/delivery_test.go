@@ -28,13 +28,16 @@ var deliveries = map[string]struct {
 	"from stranger": {func(m protocol.Message) []protocol.Message { m.From = "eve"; return []protocol.Message{m} }, "error"},
 }
 
-// TestDeliveryOfEachMessage does each of them to each message of a key generation
-// and of a signature, one at a time.
+// TestDeliveryOfEachMessage does each of them to each message of a key generation, a
+// resharing and a signature, one at a time.
 func TestDeliveryOfEachMessage(t *testing.T) {
 	group := signingGroup(t, 2, 3)
 	for protocolName, fresh := range map[string]func() *network{
 		"keygen": func() *network { return keygens(t, 2, 3) },
-		"sign":   func() *network { return signs(t, group, []protocol.HostID{"h000", "h002"}, "h001", []byte("m")) },
+		"reshare": func() *network {
+			return reshares(t, group, []protocol.HostID{"h000", "h002"}, []protocol.HostID{"h002", "h003"}, 2)
+		},
+		"sign": func() *network { return signs(t, group, []protocol.HostID{"h000", "h002"}, "h001", []byte("m")) },
 	} {
 		total := 0
 		count := fresh()
@@ -147,7 +150,7 @@ func TestFailedKeygenStaysFailed(t *testing.T) {
 	if _, _, err := k.Result(); err == nil {
 		t.Error("a failed session has a result")
 	}
-	for _, c := range k.own.coefficients {
+	for _, c := range k.own.Coefficients {
 		if c.Equal(ed.NewScalar()) != 1 {
 			t.Error("a failed session keeps its dealing")
 		}

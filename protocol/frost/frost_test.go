@@ -216,7 +216,7 @@ func TestVectorsOfRFC9591(t *testing.T) {
 		net.sessions[h] = s
 	}
 	first, third := net.sessions["h000"].(*Sign), net.sessions["h002"].(*Sign)
-	ready, err := first.Step(third.mail.message("h000", roundCommit, third.nonces.commitment[:]))
+	ready, err := first.Step(third.mail.Message("h000", roundCommit, third.nonces.commitment[:]))
 	if err != nil || len(ready.Send) != 1 {
 		t.Fatal(ready, err)
 	}

@@ -12,6 +12,8 @@ import (
 	ed "filippo.io/edwards25519"
 
 	"conseal/protocol"
+	"conseal/protocol/dealing"
+	"conseal/protocol/mailbox"
 )
 
 // KeygenConfig is what all holders of a key generation have in common, and who
@@ -33,8 +35,9 @@ type KeygenConfig struct {
 type Keygen struct {
 	cfg      KeygenConfig
 	position int
-	mail     mailbox
-	own      *dealing
+	others   []protocol.HostID
+	mail     mailbox.Box
+	own      *dealing.Dealing[*ed.Point, *ed.Scalar]
 	round1   []byte // own body
 	dealt    map[protocol.HostID][]*ed.Point
 	echo     [32]byte // of all broadcasts: the transcript
@@ -61,10 +64,12 @@ func NewKeygen(cfg KeygenConfig) (*Keygen, error) {
 	}
 	cfg.Holders = slices.Clone(cfg.Holders)
 	k := &Keygen{cfg: cfg, position: slices.Index(cfg.Holders, cfg.Self), dealt: map[protocol.HostID][]*ed.Point{}}
-	k.mail = mailbox{
-		session: cfg.Session, self: cfg.Self, round: roundDeal, from: others(cfg.Holders, cfg.Self),
-		sizes: []int{roundDeal: cfg.Quorum*pointSize + proofSize, roundEcho: len(k.echo), roundShare: scalarSize},
-	}
+	k.others = mailbox.Others(cfg.Holders, cfg.Self)
+	k.mail = mailbox.Box{Session: cfg.Session, Self: cfg.Self, Round: roundDeal, Rounds: []mailbox.Round{
+		roundDeal:  mailbox.Exactly(cfg.Quorum*pointSize+proofSize, k.others),
+		roundEcho:  mailbox.Exactly(len(k.echo), k.others),
+		roundShare: mailbox.Exactly(scalarSize, k.others),
+	}}
 	return k, nil
 }
 
@@ -73,19 +78,12 @@ func (k *Keygen) Start() (protocol.Ready, error) {
 	if k.closed || k.own != nil {
 		return protocol.Ready{}, errClosed
 	}
-	k.own = deal(randomScalar(), k.cfg.Quorum)
-	for _, c := range k.own.commitments {
+	k.own = dealing.Deal(curve, randomScalar(), k.cfg.Quorum)
+	for _, c := range k.own.Commitments {
 		k.round1 = append(k.round1, c.Bytes()...)
 	}
 	k.round1 = append(k.round1, k.prove()...)
-	return protocol.Ready{Send: k.toAll(roundDeal, k.round1)}, nil
-}
-
-func (k *Keygen) toAll(round uint16, body []byte) (out []protocol.Message) {
-	for _, h := range k.mail.from {
-		out = append(out, k.mail.message(h, round, body))
-	}
-	return out
+	return protocol.Ready{Send: k.mail.ToAll(k.others, roundDeal, k.round1)}, nil
 }
 
 // Step takes a message and, when its round is complete, does the next.
@@ -93,13 +91,13 @@ func (k *Keygen) Step(m protocol.Message) (protocol.Ready, error) {
 	if k.closed || k.own == nil || k.share != nil {
 		return protocol.Ready{}, errClosed
 	}
-	if err := k.mail.put(m); err != nil {
+	if err := k.mail.Put(m); err != nil {
 		return protocol.Ready{}, err
 	}
 	var ready protocol.Ready
 	for {
-		round := k.mail.round
-		bodies, ok := k.mail.take()
+		round := k.mail.Round
+		bodies, ok := k.mail.Take()
 		if !ok {
 			return ready, nil
 		}
@@ -145,8 +143,8 @@ func (k *Keygen) prove() []byte {
 	nonce := randomScalar()
 	defer wipe(nonce)
 	r := new(ed.Point).ScalarBaseMult(nonce).Bytes()
-	c := k.challenge(k.position, k.own.commitments[0].Bytes(), r)
-	mu := ed.NewScalar().MultiplyAdd(c, k.own.coefficients[0], nonce)
+	c := k.challenge(k.position, k.own.Commitments[0].Bytes(), r)
+	mu := ed.NewScalar().MultiplyAdd(c, k.own.Coefficients[0], nonce)
 	return append(r, mu.Bytes()...)
 }
 
@@ -168,10 +166,10 @@ func (k *Keygen) checkProof(dealer protocol.HostID, constant *ed.Point, proof []
 // ones need no check.
 func (k *Keygen) dealing(dealer protocol.HostID, body []byte) ([]*ed.Point, error) {
 	if dealer == k.cfg.Self {
-		return k.own.commitments, nil
+		return k.own.Commitments, nil
 	}
 	size := k.cfg.Quorum * pointSize
-	commitments, err := decodeCommitments(dealer, body[:size], k.cfg.Quorum)
+	commitments, err := dealing.DecodeCommitments(curve, dealer, body[:size], k.cfg.Quorum)
 	if err != nil {
 		return nil, err
 	}
@@ -196,14 +194,14 @@ func (k *Keygen) received(bodies map[protocol.HostID][]byte) ([]protocol.Message
 		h.Write(body)
 	}
 	k.echo = [32]byte(h.Sum(nil))
-	return k.toAll(roundEcho, k.echo[:]), nil
+	return k.mail.ToAll(k.others, roundEcho, k.echo[:]), nil
 }
 
 // echoed deals the shares out if everybody received the same broadcasts. If not,
 // a dealer or an echo lied, and there is no telling which.
 func (k *Keygen) echoed(bodies map[protocol.HostID][]byte) ([]protocol.Message, error) {
 	var differ []string
-	for _, h := range k.mail.from {
+	for _, h := range k.others {
 		if !bytes.Equal(bodies[h], k.echo[:]) {
 			differ = append(differ, fmt.Sprintf("%q", h))
 		}
@@ -212,10 +210,10 @@ func (k *Keygen) echoed(bodies map[protocol.HostID][]byte) ([]protocol.Message, 
 		return nil, fmt.Errorf("a holder sent different dealings to different hosts: what %s received differs from what %q received", strings.Join(differ, ", "), k.cfg.Self)
 	}
 	var out []protocol.Message
-	for _, h := range k.mail.from {
-		share := k.own.share(slices.Index(k.cfg.Holders, h))
+	for _, h := range k.others {
+		share := k.own.Share(slices.Index(k.cfg.Holders, h))
 		body := share.Bytes()
-		out = append(out, k.mail.message(h, roundShare, body))
+		out = append(out, k.mail.Message(h, roundShare, body))
 		clear(body)
 		wipe(share)
 	}
@@ -224,54 +222,46 @@ func (k *Keygen) echoed(bodies map[protocol.HostID][]byte) ([]protocol.Message, 
 
 // finish checks and adds up the shares (figure 1, round 2, steps 2 to 4).
 func (k *Keygen) finish(bodies map[protocol.HostID][]byte) error {
-	sum := k.own.share(k.position)
+	sum := k.own.Share(k.position)
 	defer wipe(sum)
 	defer func() {
 		for _, b := range bodies {
 			clear(b)
 		}
 	}()
-	for _, dealer := range k.mail.from {
+	for _, dealer := range k.others {
 		value, err := decodeScalar(bodies[dealer])
 		if err != nil {
 			return protocol.Faultf(dealer, "dealt share: %v", err)
 		}
-		if err := checkShare(dealer, k.dealt[dealer], k.position, value); err != nil {
+		if err := dealing.CheckShare(curve, dealer, k.dealt[dealer], k.position, value); err != nil {
 			return err
 		}
 		sum.Add(sum, value)
 		wipe(value)
 	}
-	group, err := k.group()
+	g, err := k.group()
 	if err != nil {
 		return err
 	}
 	scalar := sum.Bytes()
 	defer clear(scalar)
-	k.share, err = LoadShare(group, k.cfg.Self, scalar)
-	k.own.wipe()
+	k.share, err = LoadShare(g, k.cfg.Self, scalar)
+	k.own.Wipe()
 	return err
 }
 
 // group adds up the commitments.
 func (k *Keygen) group() (*Group, error) {
-	total := make([]*ed.Point, k.cfg.Quorum)
-	for i := range total {
-		total[i] = ed.NewIdentityPoint()
-		for _, c := range k.dealt {
-			total[i].Add(total[i], c[i])
-		}
+	var dealt [][]*ed.Point
+	for _, h := range k.cfg.Holders {
+		dealt = append(dealt, k.dealt[h])
 	}
-	var shares []*ed.Point
-	for i := range k.cfg.Holders {
-		shares = append(shares, evaluate(total, i))
+	public, shares, err := dealing.Total(curve, dealt, len(k.cfg.Holders))
+	if err != nil {
+		return nil, err
 	}
-	for _, p := range append([]*ed.Point{total[0]}, shares...) {
-		if p.Equal(ed.NewIdentityPoint()) == 1 {
-			return nil, errors.New("the dealings cancel out: start again")
-		}
-	}
-	return newGroup(k.cfg.Quorum, k.cfg.Holders, total[0], shares), nil
+	return newGroup(k.cfg.Quorum, k.cfg.Holders, public, shares), nil
 }
 
 // Result returns the share and the hash of all broadcasts, once the session is
@@ -293,9 +283,9 @@ func (k *Keygen) Result() (*Share, [32]byte, error) {
 func (k *Keygen) Close() {
 	k.closed = true
 	if k.own != nil {
-		k.own.wipe()
+		k.own.Wipe()
 	}
-	k.mail.wipe()
+	k.mail.Wipe()
 	if k.share != nil {
 		k.share.Wipe()
 	}

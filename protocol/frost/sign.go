@@ -9,6 +9,7 @@ import (
 	ed "filippo.io/edwards25519"
 
 	"conseal/protocol"
+	"conseal/protocol/mailbox"
 )
 
 // SignConfig is what the coordinator and the signers of a signature have in
@@ -36,7 +37,8 @@ type Sign struct {
 	cfg       SignConfig
 	signs     bool // self is a signer
 	positions []int
-	mail      mailbox
+	others    []protocol.HostID // signers, at the coordinator
+	mail      mailbox.Box
 	nonces    *nonces // nil before Start and once used
 	started   bool
 	encoded   []byte // the list that the coordinator sent
@@ -60,13 +62,16 @@ func NewSign(cfg SignConfig) (*Sign, error) {
 	if err := s.check(); err != nil {
 		return nil, fmt.Errorf("FROST signature: %w", err)
 	}
-	s.mail = mailbox{session: cfg.Session, self: cfg.Self}
+	s.mail = mailbox.Box{Session: cfg.Session, Self: cfg.Self}
 	if cfg.Self == cfg.Coordinator {
-		s.mail.round, s.mail.from = roundCommit, others(cfg.Signers, cfg.Self)
-		s.mail.sizes = []int{roundCommit: commitmentSize, roundSign: scalarSize}
+		s.others = mailbox.Others(cfg.Signers, cfg.Self)
+		s.mail.Round, s.mail.Rounds = roundCommit, []mailbox.Round{
+			roundCommit: mailbox.Exactly(commitmentSize, s.others), roundSign: mailbox.Exactly(scalarSize, s.others),
+		}
 	} else {
-		s.mail.round, s.mail.from = roundList, []protocol.HostID{cfg.Coordinator}
-		s.mail.sizes = []int{roundList: len(cfg.Signers) * commitmentSize}
+		s.mail.Round, s.mail.Rounds = roundList, []mailbox.Round{
+			roundList: mailbox.Exactly(len(cfg.Signers)*commitmentSize, []protocol.HostID{cfg.Coordinator}),
+		}
 	}
 	return s, nil
 }
@@ -113,7 +118,7 @@ func (s *Sign) Start() (protocol.Ready, error) {
 	if s.cfg.Self == s.cfg.Coordinator {
 		return protocol.Ready{}, nil
 	}
-	return protocol.Ready{Send: []protocol.Message{s.mail.message(s.cfg.Coordinator, roundCommit, s.nonces.commitment[:])}}, nil
+	return protocol.Ready{Send: []protocol.Message{s.mail.Message(s.cfg.Coordinator, roundCommit, s.nonces.commitment[:])}}, nil
 }
 
 // Step takes a message and, when its round is complete, does the next.
@@ -121,11 +126,11 @@ func (s *Sign) Step(m protocol.Message) (protocol.Ready, error) {
 	if !s.started || s.done {
 		return protocol.Ready{}, errClosed
 	}
-	if err := s.mail.put(m); err != nil {
+	if err := s.mail.Put(m); err != nil {
 		return protocol.Ready{}, err
 	}
-	round := s.mail.round
-	bodies, ok := s.mail.take()
+	round := s.mail.Round
+	bodies, ok := s.mail.Take()
 	if !ok {
 		return protocol.Ready{}, nil
 	}
@@ -230,12 +235,8 @@ func (s *Sign) distribute(bodies map[protocol.HostID][]byte) protocol.Ready {
 		encoded = append(encoded, bodies[h]...)
 	}
 	s.encoded = encoded
-	s.mail.round = roundSign // round 2 is what was sent
-	var out []protocol.Message
-	for _, h := range s.mail.from {
-		out = append(out, s.mail.message(h, roundList, encoded))
-	}
-	return protocol.Ready{Send: out}
+	s.mail.Round = roundSign // round 2 is what was sent
+	return protocol.Ready{Send: s.mail.ToAll(s.others, roundList, encoded)}
 }
 
 // Work checks and uses the list that the coordinator has sent, while the signers
@@ -271,7 +272,7 @@ func (s *Sign) respond(encoded []byte) (protocol.Ready, error) {
 	if err != nil {
 		return protocol.Ready{}, err
 	}
-	return protocol.Ready{Done: true, Send: []protocol.Message{s.mail.message(s.cfg.Coordinator, roundSign, z.Bytes())}}, nil
+	return protocol.Ready{Done: true, Send: []protocol.Message{s.mail.Message(s.cfg.Coordinator, roundSign, z.Bytes())}}, nil
 }
 
 // aggregate is RFC 9591 section 5.3. The finished signature is verified first;
