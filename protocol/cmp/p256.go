@@ -94,8 +94,9 @@ func (s *p256Scalar) IsZero() bool {
 	return subtle.ConstantTimeCompare(s.bytes(), make([]byte, p256Bytes)) == 1
 }
 
+// Set overwrites what was there.
 func (s *p256Scalar) Set(t curve.Scalar) curve.Scalar {
-	s.v = new(saferith.Nat).SetNat(t.(*p256Scalar).v)
+	s.v.SetNat(t.(*p256Scalar).v)
 	return s
 }
 

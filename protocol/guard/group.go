@@ -129,6 +129,18 @@ func DecodePoint(c curve.Curve, b []byte) (curve.Point, error) {
 	return p, nil
 }
 
+// DecodeScalar decodes a number below the group's order, of 32 bytes.
+func DecodeScalar(c curve.Curve, b []byte) (curve.Scalar, error) {
+	s := c.NewScalar()
+	if err := s.UnmarshalBinary(b); err != nil {
+		return nil, errors.New("is not below the order of the group")
+	}
+	if again, err := s.MarshalBinary(); err != nil || !bytes.Equal(again, b) {
+		return nil, errors.New("is no scalar in canonical form")
+	}
+	return s, nil
+}
+
 // EncodePoint is the compressed form of a point.
 func EncodePoint(p curve.Point) (out [PointSize]byte, err error) {
 	b, err := p.MarshalBinary()

@@ -107,14 +107,8 @@ func Point(group curve.Curve) Shape {
 // Scalar is a number below the group's order.
 func Scalar(group curve.Curve) Shape {
 	return leaf(32, func(b []byte) error {
-		s := group.NewScalar()
-		if err := s.UnmarshalBinary(b); err != nil {
-			return errors.New("is not below the order of the group")
-		}
-		if again, err := s.MarshalBinary(); err != nil || !bytes.Equal(again, b) {
-			return errors.New("is no scalar in canonical form")
-		}
-		return nil
+		_, err := DecodeScalar(group, b)
+		return err
 	})
 }
 
