@@ -35,7 +35,7 @@ var allowed = map[string][]string{
 	"protocol/frost":               {"internal/secret", "protocol", "protocol/dealing", "protocol/mailbox"},
 	"protocol/protocoltest":        {"protocol"},
 	"protocol/guard":               {"protocol", "protocol/dealing"},
-	"protocol/cmp":                 {"internal/secret", "protocol", "protocol/dealing", "protocol/guard"},
+	"protocol/cmp":                 {"internal/secret", "protocol", "protocol/dealing", "protocol/guard", "protocol/mailbox"},
 	"protocol/taproot":             {"internal/secret", "protocol", "protocol/dealing", "protocol/guard"},
 	"config":                       {},
 	"agent/api":                    {"agent/api/..."},

@@ -16,6 +16,7 @@ import (
 
 	"conseal/protocol"
 	"conseal/protocol/cmp"
+	"conseal/protocol/dealing"
 	"conseal/protocol/protocoltest"
 )
 
@@ -110,7 +111,8 @@ func every(at kind) []attack {
 }
 
 // screen runs a protocol to its end, and sends a every bad message before the good
-// one. a must refuse each and go on: nothing of it reached the module.
+// one. a must refuse each and go on: nothing of it reached the module. The dealing in
+// front of a refresh is left out.
 func screen[S protocol.Session](t *testing.T, sessions map[protocol.HostID]S, attacks []attack) {
 	t.Helper()
 	var queue []protocol.Message
@@ -124,11 +126,12 @@ func screen[S protocol.Session](t *testing.T, sessions map[protocol.HostID]S, at
 		post(sessions[h].Start())
 	}
 	met := map[string]bool{}
+	_, refresh := any(sessions["a"]).(*cmp.Reshare)
 	for len(queue) > 0 {
 		m := queue[0]
 		queue = queue[1:]
 		for _, x := range append(every(kind{m.Round, m.Body[0]}), attacks...) {
-			if m.To != "a" || m.From != "b" || x.at != (kind{m.Round, m.Body[0]}) {
+			if m.To != "a" || m.From != "b" || x.at != (kind{m.Round, m.Body[0]}) || refresh && m.Round <= dealing.Rounds {
 				continue
 			}
 			met[x.name] = true
@@ -221,38 +224,24 @@ func TestKeygenScreens(t *testing.T) {
 	polynomial := func(change func([]byte) []byte) func([]byte) []byte { return field("VSSPolynomial", inBytes(change)) }
 	fewer, more := []byte("s\x81"), []byte("s\x82")
 	attacks := []attack{
-		{"a forged number of coefficients", kind{3, 'b'}, polynomial(func(b []byte) []byte { copy(b, "\xff\xff\xff\xff"); return b })},
-		{"a coefficient too few", kind{3, 'b'}, polynomial(func(b []byte) []byte {
+		{"a forged number of coefficients", kind{5, 'b'}, polynomial(func(b []byte) []byte { copy(b, "\xff\xff\xff\xff"); return b })},
+		{"a coefficient too few", kind{5, 'b'}, polynomial(func(b []byte) []byte {
 			return append([]byte{0, 0, 0, 0}, bytes.Replace(b[4:len(b)-35], fewer, []byte("s\x80"), 1)...)
 		})},
-		{"a coefficient too many", kind{3, 'b'}, polynomial(func(b []byte) []byte {
+		{"a coefficient too many", kind{5, 'b'}, polynomial(func(b []byte) []byte {
 			return append(append([]byte{0, 0, 0, 2}, bytes.Replace(b[4:], fewer, more, 1)...), b[len(b)-35:]...)
 		})},
-		{"a constant where none belongs", kind{3, 'b'}, polynomial(func(b []byte) []byte {
+		{"a constant where none belongs", kind{5, 'b'}, polynomial(func(b []byte) []byte {
 			return bytes.Replace(b, []byte("IsConstant\xf5"), []byte("IsConstant\xf4"), 1)
 		})},
-		{"an empty exponent", kind{3, 'b'}, polynomial(func([]byte) []byte { return nil })},
-		{"a null modulus", kind{3, 'b'}, field("N", null)},
-		{"an even modulus", kind{3, 'b'}, field("N", func(b []byte) []byte { b[3+255] &^= 1; return b })},
-		{"a null share", kind{4, 'd'}, field("Share", null)},
-		{"a bignum with zeros in front", kind{4, 'b'}, field("W", func(b []byte) []byte { b[4] = 0; return b })},
-		{"a negative bignum", kind{4, 'b'}, field("W", func(b []byte) []byte { b[0] = 0xc3; return b })},
+		{"an empty exponent", kind{5, 'b'}, polynomial(func([]byte) []byte { return nil })},
+		{"a null modulus", kind{5, 'b'}, field("N", null)},
+		{"an even modulus", kind{5, 'b'}, field("N", func(b []byte) []byte { b[3+255] &^= 1; return b })},
+		{"a null share", kind{6, 'd'}, field("Share", null)},
+		{"a bignum with zeros in front", kind{6, 'b'}, field("W", func(b []byte) []byte { b[4] = 0; return b })},
+		{"a negative bignum", kind{6, 'b'}, field("W", func(b []byte) []byte { b[0] = 0xc3; return b })},
 	}
-	screen(t, refreshing(t, twoKeys()), attacks)
-}
-
-func refreshing(t testing.TB, key shares) map[protocol.HostID]*cmp.Keygen {
-	t.Helper()
-	sessions := map[protocol.HostID]*cmp.Keygen{}
-	id := protocoltest.SessionID()
-	for h, share := range key {
-		k, err := cmp.NewRefresh(id, share)
-		if err != nil {
-			t.Fatal(err)
-		}
-		sessions[h] = k
-	}
-	return sessions
+	screen(t, refreshing(t, twoKeys()).Sessions, attacks)
 }
 
 // TestCheatsAreSeen has host b send what has the right form only.
@@ -275,10 +264,10 @@ func TestCheatsAreSeen(t *testing.T) {
 	cheat(t, p256.presign(t, protocoltest.Hosts(2)).Sessions, attack{"another share of delta", kind{4, 'b'}, field("DeltaShare", inBytes(bit(20)))}, false)
 	cheat(t, p256.presign(t, protocoltest.Hosts(2)).Sessions, attack{"another ciphertext", kind{3, 'b'}, field("DeltaCiphertext", bit(50))}, true)
 	two := twoKeys()
-	cheat(t, refreshing(t, two), attack{"another commitment", kind{2, 'b'}, field("Commitment", bit(9))}, true)
-	cheat(t, refreshing(t, two), attack{"another share", kind{4, 'd'}, field("Share", bit(99))}, true)
-	cheat(t, refreshing(t, two), attack{"a changed proof", kind{4, 'b'}, field("W", bit(99))}, true)
-	cheat(t, refreshing(t, two), attack{"a changed response", kind{5, 'b'}, field("Z", inBytes(bit(20)))}, true)
+	cheat(t, refreshing(t, two).Sessions, attack{"another commitment", kind{4, 'b'}, field("Commitment", bit(9))}, true)
+	cheat(t, refreshing(t, two).Sessions, attack{"another share", kind{6, 'd'}, field("Share", bit(99))}, true)
+	cheat(t, refreshing(t, two).Sessions, attack{"a changed proof", kind{6, 'b'}, field("W", bit(99))}, true)
+	cheat(t, refreshing(t, two).Sessions, attack{"a changed response", kind{7, 'b'}, field("Z", inBytes(bit(20)))}, true)
 }
 
 // TestMessagesOutOfPlace sends to one session what is not its turn. None of it ends
@@ -349,11 +338,11 @@ func TestMessagesOutOfPlace(t *testing.T) {
 // TestForgedLengthTakesNoMemory sends a polynomial that says it has four billion
 // coefficients: the module alone would allocate them.
 func TestForgedLengthTakesNoMemory(t *testing.T) {
-	sessions := refreshing(t, p256Keys())
+	net := refreshing(t, p256Keys())
 	var before, after runtime.MemStats
 	forged := false
-	net := protocoltest.Network[*cmp.Keygen]{Sessions: sessions, Alter: func(m protocol.Message) []protocol.Message {
-		if m.From == "b" && m.Round == 3 {
+	net.Alter = func(m protocol.Message) []protocol.Message {
+		if m.From == "b" && m.Round == 5 {
 			m.Body = field("VSSPolynomial", inBytes(func(b []byte) []byte { copy(b, "\xff\xff\xff\xff"); return b }))(m.Body)
 			if !forged {
 				forged = true
@@ -361,7 +350,7 @@ func TestForgedLengthTakesNoMemory(t *testing.T) {
 			}
 		}
 		return []protocol.Message{m}
-	}}
+	}
 	failed, _ := net.Run(t)
 	runtime.ReadMemStats(&after)
 	if !blamed(failed["a"], "b") || !blamed(failed["c"], "b") {

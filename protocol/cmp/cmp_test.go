@@ -262,38 +262,6 @@ func TestDiscardedPresignatureSignsNothing(t *testing.T) {
 	}
 }
 
-// TestRefresh gives new shares of the same key; an old one does not go with new ones.
-func TestRefresh(t *testing.T) {
-	key := p256Keys()
-	net := protocoltest.Network[*cmp.Keygen]{Sessions: refreshing(t, key)}
-	net.MustRun(t)
-	fresh := results(t, net)
-	if fresh.group().PublicKey != key.group().PublicKey {
-		t.Fatal("the public key changed")
-	}
-	for i, x := range fresh.group().VerificationShares {
-		if x == key.group().VerificationShares[i] {
-			t.Errorf("the share of %q did not change", fresh.group().Holders[i])
-		}
-	}
-	message := []byte("after the refresh")
-	signing := fresh.sign(t, fresh.quorum(), sha256.Sum256(message))
-	signing.MustRun(t)
-	for _, s := range signing.Sessions {
-		sig, err := s.Signature()
-		if err != nil {
-			t.Fatal(err)
-		}
-		verify(t, key.group(), message, sig)
-	}
-	mixed := shares{"a": key["a"], "b": fresh["b"]}
-	old := mixed.sign(t, protocoltest.Hosts(2), [32]byte{1})
-	failed, waiting := old.Run(t)
-	if len(failed) == 0 || len(failed)+len(waiting) != 2 {
-		t.Errorf("shares of two epochs: failed %v, waiting %v", failed, waiting)
-	}
-}
-
 // TestShareAtRest stores shares and loads them, and refuses what does not belong
 // together.
 func TestShareAtRest(t *testing.T) {

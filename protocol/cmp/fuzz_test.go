@@ -70,8 +70,14 @@ func buildKeygen(testing.TB) builder {
 }
 
 func buildRefresh(t testing.TB) builder {
-	key := oneKey(t)
-	return sessions(func(id protocol.SessionID, h protocol.HostID) (*Keygen, error) { return NewRefresh(id, key[h]) })
+	key, hosts := oneKey(t), protocoltest.Hosts(2)
+	return sessions(func(id protocol.SessionID, h protocol.HostID) (*Reshare, error) {
+		return NewReshare(ReshareConfig{
+			Session: id, Self: h, Old: key[h].Group, Dealers: hosts, Share: key[h], Holders: hosts, Quorum: 2,
+			Sign:   func([32]byte) ([]byte, error) { return []byte{1}, nil }, // not what is fuzzed
+			Verify: func(protocol.HostID, [32]byte, []byte) error { return nil },
+		})
+	})
 }
 
 func buildSign(t testing.TB) builder {
@@ -105,6 +111,12 @@ func buildOnline(t testing.TB) builder {
 
 func fuzz(f *testing.F, build builder, rounds []guard.Round, round uint16, kind byte) {
 	f.Helper()
+	fuzzFrom(f, build, rounds, 0, round, kind)
+}
+
+// fuzzFrom fuzzes a message of a protocol that goes on from another's rounds.
+func fuzzFrom(f *testing.F, build builder, rounds []guard.Round, offset, round uint16, kind byte) {
+	f.Helper()
 	for _, r := range rounds {
 		if r.Number != round {
 			continue
@@ -113,7 +125,7 @@ func fuzz(f *testing.F, build builder, rounds []guard.Round, round uint16, kind 
 		if kind == 'b' {
 			shape = r.Broadcast(guard.ID(1))
 		}
-		protocoltest.Fuzz(f, build, round, kind, func(content []byte) bool { return guard.All(shape, content) == nil }, true)
+		protocoltest.Fuzz(f, build, round+offset, kind, func(content []byte) bool { return guard.All(shape, content) == nil }, true)
 		return
 	}
 	f.Fatalf("no round %d", round)
@@ -136,7 +148,7 @@ func FuzzKeygen5Broadcast(f *testing.F) {
 }
 
 func FuzzRefresh3Broadcast(f *testing.F) {
-	fuzz(f, buildRefresh(f), keygenRounds(P256.group, 2, true), 3, 'b')
+	fuzzFrom(f, buildRefresh(f), keygenRounds(P256.group, 2, true), refreshOffset, 3, 'b')
 }
 
 func FuzzSign2Broadcast(f *testing.F) {

@@ -3,7 +3,7 @@
 // signs. The protocol is that of github.com/luxfi/threshold behind [guard.Session]; it
 // does not have P-256, which is here.
 //
-// [NewKeygen] and [NewRefresh] make the sessions that end in a [Share], of which the
+// [NewKeygen] and [NewReshare] make the sessions that end in a [Share], of which the
 // [Group] is the public part; [NewPresign] those that prepare a signature while the
 // machine is idle; [NewSign] and [NewOnline] those that sign.
 package cmp
@@ -92,7 +92,7 @@ func (c *Curve) SPKI(public [guard.PointSize]byte) ([]byte, error) {
 	})
 }
 
-// Group is the public output of a key generation or refresh.
+// Group is the public output of a key generation or resharing.
 type Group struct {
 	guard.Group
 	Curve *Curve
@@ -172,7 +172,12 @@ func groupOf(c *Curve, holders []protocol.HostID, cfg *module.Config) (*Group, e
 			return nil, err
 		}
 		n := p.Paillier.N().Bytes()
-		if moduli[string(n)] {
+		switch {
+		case len(n) != modulusSize || n[0] < 0x80:
+			return nil, fmt.Errorf("host %q has a Paillier modulus of %d bits, not %d", name, p.Paillier.N().BitLen(), 8*modulusSize)
+		case !bytes.Equal(n, p.Pedersen.N().Bytes()):
+			return nil, fmt.Errorf("host %q has Pedersen parameters of another modulus than its Paillier key", name)
+		case moduli[string(n)]:
 			return nil, fmt.Errorf("host %q has the Paillier modulus of another", name)
 		}
 		moduli[string(n)] = true

@@ -1,7 +1,6 @@
 package cmp
 
 import (
-	"errors"
 	"fmt"
 
 	"github.com/luxfi/threshold/pkg/party"
@@ -21,11 +20,10 @@ type KeygenConfig struct {
 	Curve   *Curve
 }
 
-// Keygen is a key generation or a refresh: figures 5 and 6 of CGGMP in one.
+// Keygen is a key generation: figures 5 and 6 of CGGMP in one.
 type Keygen struct {
 	*guard.Session
 	cfg KeygenConfig
-	old *Group // of a refresh
 }
 
 // NewKeygen makes the session of one holder. It computes for seconds: two safe primes
@@ -47,47 +45,23 @@ func NewKeygen(cfg KeygenConfig) (*Keygen, error) {
 	if err != nil {
 		return nil, fmt.Errorf("ECDSA key generation: %w", err)
 	}
-	return &Keygen{Session: s, cfg: cfg}, nil
-}
-
-// NewRefresh makes the session in which all holders of a key give each other new
-// shares of it, with new auxiliary parameters.
-func NewRefresh(session protocol.SessionID, share *Share) (*Keygen, error) {
-	g := share.Group
-	cfg, err := share.config()
-	if err != nil {
-		return nil, fmt.Errorf("ECDSA refresh: %w", err)
-	}
-	s, err := guard.New(guard.Config{
-		Session: session, Self: share.Self, Parties: g.Holders, IDs: guard.IDs(g.Holders),
-		Rounds: keygenRounds(g.Curve.group, g.Quorum, true), Start: module.Refresh(cfg, nil),
-	})
-	if err != nil {
-		return nil, fmt.Errorf("ECDSA refresh: %w", err)
-	}
-	return &Keygen{
-		Session: s, old: g,
-		cfg: KeygenConfig{Session: session, Self: share.Self, Holders: g.Holders, Quorum: g.Quorum, Curve: g.Curve},
-	}, nil
+	return &Keygen{s, cfg}, nil
 }
 
 // Result is this holder's share once the session is done. The caller wipes it.
 func (k *Keygen) Result() (*Share, error) {
-	result, err := k.Session.Result()
+	return result(k.Session, k.cfg.Curve, k.cfg.Self, k.cfg.Holders, k.cfg.Quorum)
+}
+
+// result is the share that a session of the module made.
+func result(s *guard.Session, c *Curve, self protocol.HostID, holders []protocol.HostID, quorum int) (*Share, error) {
+	result, err := s.Result()
 	if err != nil {
 		return nil, err
 	}
 	cfg, ok := result.(*module.Config)
-	if !ok || guard.Threshold(k.cfg.Quorum) != cfg.Threshold {
+	if !ok || guard.Threshold(quorum) != cfg.Threshold {
 		return nil, fmt.Errorf("the module made a %T of another quorum", result)
 	}
-	share, err := newShare(k.cfg.Curve, k.cfg.Self, k.cfg.Holders, cfg)
-	if err != nil {
-		return nil, err
-	}
-	if k.old != nil && share.Group.PublicKey != k.old.PublicKey {
-		share.Wipe()
-		return nil, errors.New("the refresh changed the public key")
-	}
-	return share, nil
+	return newShare(c, self, holders, cfg)
 }

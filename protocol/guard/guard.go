@@ -55,6 +55,10 @@ type Config struct {
 	IDs     map[protocol.HostID]party.ID
 	Rounds  []Round // in the module's order
 	Start   module.StartFunc
+
+	// Of a session that goes on from another protocol's.
+	Offset uint16 // added to the module's numbers of rounds
+	Bound  []byte // the module's session id, if it is not Session
 }
 
 // Session is one run of a protocol of the module.
@@ -117,8 +121,12 @@ func (s *Session) Start() (protocol.Ready, error) {
 	if s.closed || s.handler != nil {
 		return protocol.Ready{}, errClosed
 	}
+	id := s.cfg.Bound
+	if id == nil {
+		id = s.cfg.Session[:]
+	}
 	err := recovered(func() (err error) {
-		s.handler, err = module.NewMultiHandler(s.cfg.Start, s.cfg.Session[:])
+		s.handler, err = module.NewMultiHandler(s.cfg.Start, id)
 		return err
 	})
 	var ready protocol.Ready
@@ -170,7 +178,7 @@ func (s *Session) accept(m *module.Message) (protocol.Ready, error) {
 		return nil
 	})
 	if err != nil {
-		return protocol.Ready{}, protocol.Faultf(from, "round %d: %v", m.RoundNumber, err)
+		return protocol.Ready{}, protocol.Faultf(from, "round %d: %v", s.round(), err)
 	}
 	return s.ready()
 }
@@ -240,7 +248,7 @@ func (s *Session) outgoing(m *module.Message) ([]protocol.Message, error) {
 	}
 	shape := s.cfg.Rounds[at].shape(m.From, m.Broadcast)
 	if shape == nil || All(shape, m.Data) != nil {
-		return nil, fmt.Errorf("round %d: a check failed whose culprit cannot be told", m.RoundNumber)
+		return nil, fmt.Errorf("round %d: a check failed whose culprit cannot be told", s.round())
 	}
 	body := encode(m)
 	if !m.Broadcast {
@@ -249,20 +257,23 @@ func (s *Session) outgoing(m *module.Message) ([]protocol.Message, error) {
 	}
 	var out []protocol.Message
 	for _, h := range to {
-		out = append(out, protocol.Message{Session: s.cfg.Session, From: s.cfg.Self, To: h, Round: uint16(m.RoundNumber), Body: bytes.Clone(body)})
+		out = append(out, protocol.Message{Session: s.cfg.Session, From: s.cfg.Self, To: h, Round: s.round(), Body: bytes.Clone(body)})
 	}
 	return out, nil
 }
 
 // round is the number of the round that is being received.
-func (s *Session) round() uint16 { return s.cfg.Rounds[s.at].Number }
+func (s *Session) round() uint16 { return s.number(s.at) }
+
+// number is that of the round at an index, in messages.
+func (s *Session) number(at int) uint16 { return s.cfg.Rounds[at].Number + s.cfg.Offset }
 
 // Progress tells which of how many rounds is being received, and from whom messages
 // of it are missing.
 func (s *Session) Progress() (round, rounds int, missing []protocol.HostID) {
 	for _, h := range s.others {
 		r := s.cfg.Rounds[s.at]
-		if r.Broadcast != nil && !s.got[slot{h, r.Number, true}] || r.Direct != nil && !s.got[slot{h, r.Number, false}] {
+		if r.Broadcast != nil && !s.got[slot{h, s.round(), true}] || r.Direct != nil && !s.got[slot{h, s.round(), false}] {
 			missing = append(missing, h)
 		}
 	}
@@ -302,7 +313,7 @@ func (s *Session) admit(m protocol.Message) (*module.Message, error) {
 	if m.Round != s.round() {
 		ahead++
 	}
-	if ahead == len(s.cfg.Rounds) || s.cfg.Rounds[ahead].Number != m.Round {
+	if ahead == len(s.cfg.Rounds) || s.number(ahead) != m.Round {
 		return nil, protocol.Faultf(m.From, "message of round %d out of turn", m.Round)
 	}
 	fault := func(format string, args ...any) error {
@@ -322,7 +333,7 @@ func (s *Session) admit(m protocol.Message) (*module.Message, error) {
 	out := &module.Message{
 		SSID: s.ssid, From: s.cfg.IDs[m.From], Protocol: s.name, Data: bytes.Clone(b[size:]), Broadcast: broadcast,
 	}
-	setRound(&out.RoundNumber, m.Round)
+	setRound(&out.RoundNumber, m.Round-s.cfg.Offset)
 	if size > 0 {
 		out.BroadcastVerification = bytes.Clone(b[:size])
 	}
