@@ -35,6 +35,7 @@ func verify(h protocol.HostID, digest [32]byte, signature []byte) error {
 type run struct {
 	configs map[protocol.HostID]frost.ReshareConfig
 	net     protocoltest.Network[*frost.Reshare]
+	gave    bool // the honest dealer sent a value
 }
 
 const (
@@ -237,6 +238,7 @@ func attack(t testing.TB, r *run, do func(r *run) func(protocol.Message) []byte)
 	change := do(r)
 	var original []byte
 	r.net.Alter = func(m protocol.Message) []protocol.Message {
+		r.gave = r.gave || m.From == honest && m.Round == 3
 		switch {
 		case m.From == liar:
 			if m.Round == 1 {
@@ -282,6 +284,9 @@ func TestLiars(t *testing.T) {
 						t.Errorf("%s has a share", h)
 					}
 				}
+			}
+			if r.gave && slices.Contains(a.want.named, honest) || !r.gave && a.want.kind == dealing.WrongShare {
+				t.Errorf("the honest dealer sent values: %v", r.gave)
 			}
 			if !found {
 				t.Errorf("nobody names the liar: %v", failed)

@@ -43,7 +43,8 @@ type Config[P, S any] struct {
 	Share func(use func(x S) error) error
 	// Sign signs a digest with this host's identity key: a dealer needs it, once.
 	Sign func(digest [32]byte) ([]byte, error)
-	// Verify checks such a signature of a host, by the key pinned for it.
+	// Verify checks such a signature of a host, by the key pinned for it. An error is
+	// the host's fault.
 	Verify func(host protocol.HostID, digest [32]byte, signature []byte) error
 }
 
@@ -57,7 +58,8 @@ type Config[P, S any] struct {
 //   - Round 3, dealers to holders: the holder's value and what opens its hash. The
 //     transport encrypts.
 //
-// A dealer that proves itself a cheat is named by a [*Complaint].
+// A dealer that proves itself a cheat is named by a [*Complaint], which the driver
+// passes on: the others may not see the proof themselves.
 type Session[P, S any] struct {
 	cfg     Config[P, S]
 	terms   *terms[P, S]
@@ -146,22 +148,25 @@ func (s *Session[P, S]) Start() (protocol.Ready, error) {
 	if s.cfg.Share == nil {
 		return protocol.Ready{}, nil
 	}
-	if err := s.cfg.Share(s.deal); err != nil {
+	err := s.cfg.Share(s.deal)
+	if err == nil {
+		err = s.sign() // slow in hardware: the share is not lent meanwhile
+	}
+	if err != nil {
 		s.Close()
 		return protocol.Ready{}, err
 	}
 	return protocol.Ready{Send: s.mail.ToAll(s.others, roundDeal, s.own)}, nil
 }
 
-// deal shares lambda_i * x among the new holders and signs it.
+// deal shares lambda_i * x among the new holders.
 func (s *Session[P, S]) deal(x S) error {
 	g := s.cfg.Group
 	lambda, zero := s.terms.weights[slices.Index(s.cfg.Dealers, s.cfg.Self)], g.Number(0)
 	d := Deal(g, g.MulAdd(lambda, x, zero), s.cfg.Quorum)
 	defer d.Wipe()
-	var content []byte
 	for _, c := range d.Commitments {
-		content = append(content, g.EncodePoint(c)...)
+		s.own = append(s.own, g.EncodePoint(c)...)
 	}
 	openings := make([]byte, 0, len(s.cfg.Holders)*openingSize)
 	for i := range s.cfg.Holders {
@@ -173,17 +178,22 @@ func (s *Session[P, S]) deal(x S) error {
 		openings = openings[:len(openings)+saltSize]
 		rand.Read(openings[len(openings)-saltSize:])
 		hash := s.terms.hideShare(s.cfg.Self, i, openings[i*openingSize:])
-		content = append(content, hash[:]...)
+		s.own = append(s.own, hash[:]...)
 	}
 	s.openings = secret.Take(openings)
-	signature, err := s.cfg.Sign(s.terms.signed(s.cfg.Self, contentDigest(content)))
+	return nil
+}
+
+// sign signs what is dealt.
+func (s *Session[P, S]) sign() error {
+	signature, err := s.cfg.Sign(s.terms.signed(s.cfg.Self, contentDigest(s.own)))
 	if err != nil {
 		return fmt.Errorf("signing a dealing: %w", err)
 	}
 	if len(signature) == 0 || len(signature) > maxSignature {
 		return fmt.Errorf("signing a dealing: a signature of %d bytes", len(signature))
 	}
-	s.own = append(content, signature...)
+	s.own = append(s.own, signature...)
 	return nil
 }
 

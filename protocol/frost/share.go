@@ -2,9 +2,9 @@
 // together, and any quorum of them signs.
 //
 // [NewKeygen] makes the session in which holders generate a key, [NewSign] the
-// session in which a coordinator and a quorum sign. Both are
-// [protocol.Session]s; the results are a [Share], of which the [Group] is the
-// public part, and an Ed25519 signature (RFC 8032).
+// session in which a coordinator and a quorum sign, [NewReshare] the session in which
+// a quorum gives the key new shares. All are [protocol.Session]s; the results are a
+// [Share], of which the [Group] is the public part, and an Ed25519 signature (RFC 8032).
 package frost
 
 import (

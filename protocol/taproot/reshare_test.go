@@ -293,3 +293,36 @@ func TestBadReshareConfigs(t *testing.T) {
 		}
 	}
 }
+
+// FuzzReshare cuts out some of one message of b to a and puts in something else. a
+// blames nobody else, and has a share only if what changed does not count.
+func FuzzReshare(f *testing.F) {
+	key, hosts := keygen(f, 2, 2), protocoltest.Hosts(2)
+	for round := range uint16(4) {
+		f.Add(round, uint16(0), uint16(1), []byte{4})
+		f.Add(round, uint16(34), uint16(32), bytes.Repeat([]byte{0xff}, 32))
+		f.Add(round, uint16(0), uint16(33), []byte{})
+	}
+	f.Fuzz(func(t *testing.T, round, at, cut uint16, insert []byte) {
+		changed := false
+		net := protocoltest.Network[*taproot.Reshare]{Sessions: reshareSessions(t, key, hosts, hosts, 2), Alter: func(m protocol.Message) []protocol.Message {
+			if m.From == "b" && m.Round == round {
+				from := min(int(at), len(m.Body))
+				body := slices.Concat(m.Body[:from], insert, m.Body[min(from+int(cut), len(m.Body)):])
+				changed = !bytes.Equal(body, m.Body)
+				m.Body = body
+			}
+			return []protocol.Message{m}
+		}}
+		failed, _ := net.Run(t)
+		if failed["a"] != nil && !named(failed["a"]) {
+			t.Errorf("round %d: %v", round, failed["a"])
+		}
+		if _, err := net.Sessions["a"].Result(); err == nil && changed && round != 2 {
+			t.Errorf("a share after a changed message of round %d", round)
+		}
+		for _, s := range net.Sessions {
+			s.Close()
+		}
+	})
+}
