@@ -450,7 +450,7 @@ func TestSecretsAreWiped(t *testing.T) {
 	}
 }
 
-// TestSigningFails: a host whose identity key is out of reach deals nothing.
+// TestSigningFails: a host that cannot sign as the others verify deals nothing.
 func TestSigningFails(t *testing.T) {
 	for name, sign := range map[string]func([32]byte) ([]byte, error){
 		"an error":       func([32]byte) ([]byte, error) { return nil, errors.New("the TPM is busy") },
@@ -465,10 +465,6 @@ func TestSigningFails(t *testing.T) {
 			t.Fatal(err)
 		}
 		ready, err := s.Start()
-		if name == "of another key" { // the others see it
-			s.Close()
-			continue
-		}
 		if err == nil || len(ready.Send) > 0 || s.Kept() > 0 {
 			t.Errorf("%s: %v, %d messages, keeps %d", name, err, len(ready.Send), s.Kept())
 		}

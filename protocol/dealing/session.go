@@ -184,14 +184,18 @@ func (s *Session[P, S]) deal(x S) error {
 	return nil
 }
 
-// sign signs what is dealt.
+// sign signs what is dealt, as the others will verify it.
 func (s *Session[P, S]) sign() error {
-	signature, err := s.cfg.Sign(s.terms.signed(s.cfg.Self, contentDigest(s.own)))
+	digest := s.terms.signed(s.cfg.Self, contentDigest(s.own))
+	signature, err := s.cfg.Sign(digest)
+	if err == nil && (len(signature) == 0 || len(signature) > maxSignature) {
+		err = fmt.Errorf("a signature of %d bytes", len(signature))
+	}
+	if err == nil {
+		err = s.cfg.Verify(s.cfg.Self, digest, signature)
+	}
 	if err != nil {
 		return fmt.Errorf("signing a dealing: %w", err)
-	}
-	if len(signature) == 0 || len(signature) > maxSignature {
-		return fmt.Errorf("signing a dealing: a signature of %d bytes", len(signature))
 	}
 	s.own = append(s.own, signature...)
 	return nil
