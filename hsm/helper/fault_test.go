@@ -1,0 +1,100 @@
+package helper_test
+
+import (
+	"crypto"
+	"strings"
+	"testing"
+	"time"
+
+	"conseal/hsm"
+	"conseal/hsm/helper"
+	"conseal/internal/secret"
+	"conseal/testenv"
+)
+
+// TestAModuleThatFails has the library itself crash, abort, hang or wait, at a call of each
+// operation: the agent lives, what may be repeated comes, and nothing is lost.
+func TestAModuleThatFails(t *testing.T) {
+	cfg := newConfig(t)
+	uri, err := hsm.ParseURI(cfg.HSM.URI)
+	must(t, err)
+	m, err := testenv.NewFaultModule(t.Context(), t.TempDir(), uri.ModulePath)
+	must(t, err)
+	cfg.HSM.URI = strings.Replace(cfg.HSM.URI, uri.ModulePath, m.Path, 1)
+	_, err = helper.Provision(t.Context(), cfg)
+	must(t, err)
+	cfg.Timeout = 2 * time.Second
+	h := open(t, cfg)
+	root := secret.Random(32)
+	must(t, h.SetRoot(t.Context(), root))
+	key, blob, err := h.Seal(t.Context(), "k")
+	must(t, err)
+	identity, err := h.Identity(t.Context())
+	must(t, err)
+	digest := make([]byte, 32)
+	operations := map[string]struct {
+		call string
+		do   func() error
+	}{
+		"seal": {"C_Encrypt", func() error { _, _, err := h.Seal(t.Context(), "another"); return err }},
+		"open": {"C_Decrypt", func() error {
+			got, err := h.Open(t.Context(), "k", blob)
+			if err == nil && !got.Equal(key) {
+				t.Error("another key opens")
+			}
+			return err
+		}},
+		"root": {"C_DecryptInit", func() error {
+			got, err := h.Root(t.Context())
+			if err == nil && !got.Equal(root) {
+				t.Error("another root")
+			}
+			return err
+		}},
+		"sign": {"C_Sign", func() error { _, err := identity.Sign(nil, digest, crypto.SHA256); return err }},
+	}
+	for _, action := range []testenv.Action{testenv.Segv, testenv.Abort, testenv.Hang, testenv.Slow} {
+		for name, o := range operations {
+			t.Run(name+"/"+string(action), func(t *testing.T) {
+				rule, err := m.Set(testenv.Fault{Call: o.call, Do: action, Value: 20, Times: 1})
+				must(t, err)
+				err = o.do()
+				switch hang := hsm.ClassOf(err) == hsm.ClassHang; {
+				case action == testenv.Hang && !hang:
+					t.Errorf("it hung: %v", err)
+				case action != testenv.Hang && err != nil:
+					t.Errorf("not repeated: %v", err)
+				}
+				if hits, err := m.Hits(rule); err != nil || hits != 1 {
+					t.Errorf("%d hits, %v", hits, err)
+				}
+				must(t, m.Clear())
+				for name, o := range operations { // all of it works afterwards
+					if err := o.do(); err != nil {
+						t.Errorf("%s afterwards: %v", name, err)
+					}
+				}
+			})
+		}
+	}
+	for _, call := range []string{"C_GenerateKey", "C_Encrypt", "C_DestroyObject"} {
+		t.Run("set root/"+call, func(t *testing.T) {
+			rule, err := m.Set(testenv.Fault{Call: call, Do: testenv.Segv, Times: 1})
+			must(t, err)
+			next := secret.Random(32)
+			err = h.SetRoot(t.Context(), next)
+			if hits, hitErr := m.Hits(rule); hitErr != nil || hits != 1 {
+				t.Fatalf("%d hits, %v", hits, hitErr)
+			}
+			must(t, m.Clear())
+			got, rootErr := h.Root(t.Context())
+			must(t, rootErr)
+			switch {
+			case got.Equal(next):
+				root = next
+			case err == nil || !got.Equal(root):
+				t.Errorf("SetRoot says %v, and the root is neither the old nor the new one, or not the one it said", err)
+			}
+		})
+	}
+}
