@@ -28,7 +28,7 @@ var allowed = map[string][]string{
 	"tpm/eventlog":                 {"tpm/policy"},
 	"tpm/policy":                   {},
 	"hsm":                          {"internal/disk", "internal/pin", "internal/secret"},
-	"hsm/helper":                   {"hsm", "internal/pin", "internal/secret"},
+	"hsm/helper":                   {"hsm", "internal/disk", "internal/pin", "internal/secret"},
 	"protocol":                     {"internal/secret"},
 	"protocol/mailbox":             {"protocol"},
 	"protocol/dealing":             {"internal/secret", "protocol", "protocol/mailbox"},

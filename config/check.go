@@ -103,26 +103,19 @@ func (m *HSM) check(r *report, used bool) {
 	if used && m.URI == "" {
 		r.add("protector.hsm.uri", `missing: wants the token, "pkcs11:token=LABEL;serial=SERIAL"`)
 	}
-	attributes, err := m.attributes()
-	if err != nil {
-		r.add("protector.hsm.uri", "%v", err)
-	} else if m.URI != "" && attributes["token"] == "" && attributes["serial"] == "" {
-		r.add("protector.hsm.uri", "has neither token nor serial: it would fit any token")
+	m.checkToken(r, "", m.URI, m.PIN, used)
+	if m.SecondURI != "" {
+		m.checkToken(r, "second_", m.SecondURI, m.SecondPIN, used)
+	} else if m.SecondPIN != "" {
+		r.add("protector.hsm.second_pin", "there is no second_uri")
 	}
-	m.checkPIN(r, attributes["pin-source"], used)
+	if used && len(m.Modules) == 0 {
+		r.add("protector.hsm.modules", `missing: wants the PKCS#11 libraries that may be loaded: ["/usr/lib/softhsm/libsofthsm2.so"]`)
+	}
 	for _, module := range m.Modules {
 		r.absolute("protector.hsm.modules", module)
 	}
 	r.once("protector.hsm.modules", m.Modules)
-	chosen := attributes["module-path"]
-	switch {
-	case used && len(m.Modules) == 0:
-		r.add("protector.hsm.modules", `missing: wants the PKCS#11 libraries that may be loaded: ["/usr/lib/softhsm/libsofthsm2.so"]`)
-	case chosen != "" && !slices.Contains(m.Modules, chosen):
-		r.add("protector.hsm.modules", "%s, the URI's module-path, is not among them", clip(strconv.Quote(chosen)))
-	case used && chosen == "" && m.URI != "" && err == nil:
-		r.add("protector.hsm.uri", "has no module-path: add ?module-path=%s", m.Modules[0])
-	}
 	r.oneOf("protector.hsm.method", m.Method, "aes-gcm", "aes-kw-enc", "aes-kw", "aes-kwp", "rsa-oaep-sha256", "hmac-sha256-prf", "rsa-oaep-sha1")
 	r.within("protector.hsm.max_sessions", m.MaxSessions, 1, 1024)
 	r.lasts("protector.hsm.timeout", m.Timeout, time.Second, 10*time.Minute)
@@ -134,27 +127,45 @@ func (m *HSM) check(r *report, used bool) {
 	r.once("protector.hsm.environment", m.Environment)
 }
 
-func (m *HSM) checkPIN(r *report, inURI string, used bool) {
+// checkToken checks a token's uri and pin, whose keys begin with which.
+func (m *HSM) checkToken(r *report, which, uri, pin string, used bool) {
+	key := "protector.hsm." + which + "uri"
+	attributes, err := attributesOf(uri)
+	if err != nil {
+		r.add(key, "%v", err)
+	} else if uri != "" && attributes["token"] == "" && attributes["serial"] == "" {
+		r.add(key, "has neither token nor serial: it would fit any token")
+	}
+	switch chosen := attributes["module-path"]; {
+	case len(m.Modules) == 0 && used: // is said once
+	case chosen != "" && !slices.Contains(m.Modules, chosen):
+		r.add("protector.hsm.modules", "%s, the URI's module-path, is not among them", clip(strconv.Quote(chosen)))
+	case used && chosen == "" && uri != "" && err == nil:
+		r.add(key, "has no module-path: add ?module-path=%s", m.Modules[0])
+	}
+	inURI, pinKey := attributes["pin-source"], "protector.hsm."+which+"pin"
 	switch {
-	case m.PIN != "" && inURI != "":
-		r.add("protector.hsm.pin", "the URI has a pin-source as well: keep one of them")
+	case which != "" && strings.HasPrefix(m.PIN, "fd:") && (pin == m.PIN || pin == "" && inURI == ""):
+		r.add(pinKey, "both tokens would read %s, at the same time: give the second a descriptor of its own", m.PIN)
+	case pin != "" && inURI != "":
+		r.add(pinKey, "the URI has a pin-source as well: keep one of them")
 	case inURI != "":
-		r.pinSource("protector.hsm.uri", inURI, used)
-	case m.PIN != "":
-		r.pinSource("protector.hsm.pin", m.PIN, used)
-	case used:
-		r.add("protector.hsm.pin", `missing: wants "file:/PATH", "fd:N" or "cred:NAME"`)
+		r.pinSource(key, inURI, used)
+	case pin != "":
+		r.pinSource(pinKey, pin, used)
+	case used && (which == "" || m.PIN == ""):
+		r.add(pinKey, `missing: wants "file:/PATH", "fd:N" or "cred:NAME"`)
 	}
 }
 
-// attributes are those of the URI, of its path and its query. Errors name no
+// attributesOf are those of a URI, of its path and its query. Errors name no
 // value: one may be a PIN. What the attributes mean is package hsm's business.
-func (m *HSM) attributes() (map[string]string, error) {
+func attributesOf(uri string) (map[string]string, error) {
 	attributes := map[string]string{}
-	if m.URI == "" {
+	if uri == "" {
 		return attributes, nil
 	}
-	rest, ok := strings.CutPrefix(m.URI, "pkcs11:")
+	rest, ok := strings.CutPrefix(uri, "pkcs11:")
 	if !ok {
 		return nil, fmt.Errorf(`wants a URI that begins with "pkcs11:"`)
 	}

@@ -125,6 +125,14 @@ type HSM struct {
 	// of mode 0600, "fd:N" of a descriptor that the agent inherits, 3 or above, or
 	// "cred:NAME" of a systemd credential. No default.
 	PIN string `toml:"pin" hidden:"true"`
+	// SecondURI selects a second token, as URI does, which is used while the first is away.
+	// Its identity and wrapping key are copies of the first's, made by the vendor's means
+	// before `conseald init`. New keys, and all that takes a new root, need both tokens.
+	// Tokens that copy their keys to each other by themselves are one token, the vendor's
+	// own: do not name them here. See docs/hsm.md. Default: "", none.
+	SecondURI string `toml:"second_uri" hidden:"true"`
+	// SecondPIN says where the second token's PIN is, as PIN does. Default: PIN's.
+	SecondPIN string `toml:"second_pin" hidden:"true"`
 	// Modules are the PKCS#11 libraries that may be loaded: code that sees the PIN
 	// and every key that the token gives back, in a process of its own. Never empty.
 	// No default. Example: ["/usr/lib/softhsm/libsofthsm2.so"].

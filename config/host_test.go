@@ -75,7 +75,7 @@ func TestLoadEveryKey(t *testing.T) {
 		Protector: config.Protector{
 			Kind: "hsm",
 			TPM:  config.TPM{Device: "tcp:localhost:2321", PCRs: []int{7}, NVRoot: 0x01800601, PolicyKey: "/etc/policy.pem", NVCounter: 0x01800602, NVReceipts: 0x01800603, PIN: "cred:tpm", EventLog: "/log", SRKHandle: 0x81000002, Timeout: time.Second},
-			HSM:  config.HSM{URI: "pkcs11:token=a%20b?module-path=/m", PIN: "file:" + pin, Modules: []string{"/l", "/m"}, Method: "aes-kw", InitArgs: "a='b'", MaxSessions: 2, Timeout: 3 * time.Second, Environment: []string{"A", "_b1"}},
+			HSM:  config.HSM{URI: "pkcs11:token=a%20b?module-path=/m", PIN: "file:" + pin, SecondURI: "pkcs11:token=c?module-path=/l", SecondPIN: "cred:c", Modules: []string{"/l", "/m"}, Method: "aes-kw", InitArgs: "a='b'", MaxSessions: 2, Timeout: 3 * time.Second, Environment: []string{"A", "_b1"}},
 		},
 		Limits: config.Limits{Message: 1, SignDeadline: time.Second, KeygenDeadline: time.Hour, SessionsPerPeer: 2, PeerRate: 3, CallerRate: 4, Presignatures: 5},
 		Log:    config.Log{Level: "debug", Format: "json"},
@@ -107,6 +107,8 @@ timeout = "1s"
 [protector.hsm]
 uri = "pkcs11:token=a%%20b?module-path=/m"
 pin = "file:%s"
+second_uri = "pkcs11:token=c?module-path=/l"
+second_pin = "cred:c"
 modules = ["/l", "/m"]
 method = "aes-kw"
 init_args = "a='b'"
@@ -137,6 +139,7 @@ func TestEnvironment(t *testing.T) {
 		"CONSEAL_PROTECTOR_TPM_NV_RECEIPTS": "0x01800702",
 		"CONSEAL_PROTECTOR_TPM_SRK_HANDLE":  "0x81000005", "CONSEAL_PROTECTOR_TPM_TIMEOUT": "2s",
 		"CONSEAL_PROTECTOR_HSM_URI": "pkcs11:serial=1?module-path=/x&pin-source=file:" + pin, "CONSEAL_PROTECTOR_HSM_PIN": "",
+		"CONSEAL_PROTECTOR_HSM_SECOND_URI": "pkcs11:serial=2?module-path=/x", "CONSEAL_PROTECTOR_HSM_SECOND_PIN": "fd:8",
 		"CONSEAL_PROTECTOR_HSM_MODULES": "/x", "CONSEAL_PROTECTOR_HSM_METHOD": "aes-kwp", "CONSEAL_PROTECTOR_HSM_INIT_ARGS": "c", "CONSEAL_PROTECTOR_HSM_MAX_SESSIONS": "3",
 		"CONSEAL_PROTECTOR_HSM_TIMEOUT": "4s", "CONSEAL_PROTECTOR_HSM_ENVIRONMENT": "C,D",
 		"CONSEAL_LIMITS_MESSAGE": "10", "CONSEAL_LIMITS_SIGN_DEADLINE": "3s", "CONSEAL_LIMITS_KEYGEN_DEADLINE": "4s",
@@ -157,7 +160,7 @@ func TestEnvironment(t *testing.T) {
 		Protector: config.Protector{
 			Kind: "hsm",
 			TPM:  config.TPM{Device: "unix:/t", PCRs: []int{0, 7}, NVRoot: 0x01800700, PolicyKey: "/k", NVCounter: 0x01800701, NVReceipts: 0x01800702, PIN: "fd:7", SRKHandle: 0x81000005, Timeout: 2 * time.Second},
-			HSM:  config.HSM{URI: "pkcs11:serial=1?module-path=/x&pin-source=file:" + pin, Modules: []string{"/x"}, Method: "aes-kwp", InitArgs: "c", MaxSessions: 3, Timeout: 4 * time.Second, Environment: []string{"C", "D"}},
+			HSM:  config.HSM{URI: "pkcs11:serial=1?module-path=/x&pin-source=file:" + pin, SecondURI: "pkcs11:serial=2?module-path=/x", SecondPIN: "fd:8", Modules: []string{"/x"}, Method: "aes-kwp", InitArgs: "c", MaxSessions: 3, Timeout: 4 * time.Second, Environment: []string{"C", "D"}},
 		},
 		Limits: config.Limits{Message: 10, SignDeadline: 3 * time.Second, KeygenDeadline: 4 * time.Second, SessionsPerPeer: 5, PeerRate: 6, CallerRate: 7, Presignatures: 4},
 		Log:    config.Log{Level: "error", Format: "json"},
@@ -279,6 +282,11 @@ func TestLoadRefused(t *testing.T) {
 		{hsm + "modules = ['/m']\nuri = 'pkcs11:token=a?module-path=/m'", `FILE:3: protector.hsm.pin: missing: wants "file:/PATH", "fd:N" or "cred:NAME"`},
 		{hsm + "modules = ['/m']\nuri = 'pkcs11:token=a?module-path=/m&pin-source=fd:3'\npin = 'fd:3'", `FILE:6: protector.hsm.pin: the URI has a pin-source as well: keep one of them`},
 		{hsm + "modules = ['/m']\nuri = 'pkcs11:token=a?module-path=/m'\npin = 'file:/not/there'", `FILE:6: protector.hsm.pin: /not/there does not exist: install -m 0600 /dev/null /not/there, then write the PIN to it`},
+		{hsm + "pin = 'fd:3'\nmodules = ['/m']\nuri = 'pkcs11:token=a?module-path=/m'\nsecond_uri = 'pkcs11:object=a?module-path=/m'\nsecond_pin = 'fd:4'", `FILE:7: protector.hsm.second_uri: has neither token nor serial: it would fit any token`},
+		{hsm + "pin = 'fd:3'\nmodules = ['/m']\nuri = 'pkcs11:token=a?module-path=/m'\nsecond_uri = 'pkcs11:token=b'\nsecond_pin = 'fd:4'", `FILE:7: protector.hsm.second_uri: has no module-path: add ?module-path=/m`},
+		{hsm + "modules = ['/m']\nuri = 'pkcs11:token=a?module-path=/m&pin-source=fd:3'\nsecond_uri = 'pkcs11:token=b?module-path=/m'", `FILE:3: protector.hsm.second_pin: missing: wants "file:/PATH", "fd:N" or "cred:NAME"`},
+		{hsm + "pin = 'fd:3'\nmodules = ['/m']\nuri = 'pkcs11:token=a?module-path=/m'\nsecond_uri = 'pkcs11:token=b?module-path=/m'", `FILE:3: protector.hsm.second_pin: both tokens would read fd:3, at the same time: give the second a descriptor of its own`},
+		{hsm + "pin = 'fd:3'\nmodules = ['/m']\nuri = 'pkcs11:token=a?module-path=/m'\nsecond_pin = 'fd:4'", `FILE:7: protector.hsm.second_pin: there is no second_uri`},
 		{"name = 'a'\nprotector.hsm.method = 'aes-cbc'", `FILE:2: protector.hsm.method: "aes-cbc": wants "aes-gcm" or "aes-kw-enc" or "aes-kw" or "aes-kwp" or "rsa-oaep-sha256" or "hmac-sha256-prf" or "rsa-oaep-sha1"`},
 		{hsm + "modules = ['/m']\nuri = 'pkcs11:token=a?module-path=/m'\npin = 'fd:3'\nmax_sessions = 0", `FILE:7: protector.hsm.max_sessions: 0: wants 1 to 1024`},
 		{hsm + "modules = ['/m']\nuri = 'pkcs11:token=a?module-path=/m'\npin = 'fd:3'\ntimeout = '1ms'", `FILE:7: protector.hsm.timeout: 1ms: wants 1s to 10m0s`},

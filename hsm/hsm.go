@@ -63,7 +63,28 @@ type Config struct {
 	// MaxSessions bounds the operations under way at one time; 0 means 8. The
 	// token may allow fewer.
 	MaxSessions int
+	// Second says that this token is the second of two, whose identity and wrapping
+	// keys are copies of the first's: [Provision] makes neither. The root keys of the
+	// two are their own, and so is StateDir.
+	Second bool
 }
+
+// rootName is the end of the label of this token's root keys.
+func (c Config) rootName() string { return rootNames()[c.place()] }
+
+// otherRootName is that of the other one of two tokens.
+func (c Config) otherRootName() string { return rootNames()[1-c.place()] }
+
+func (c Config) place() int {
+	if c.Second {
+		return 1
+	}
+	return 0
+}
+
+// rootNames differ, so that a token that was copied, or replicates, is noticed: no key
+// is taken for another token's, and none is destroyed in its place.
+func rootNames() [2]string { return [2]string{"root", "root-second"} }
 
 // maxSessions is the default of [Config.MaxSessions].
 const maxSessions = 8

@@ -21,6 +21,7 @@ import (
 // nothing: a new key under an old name would hide the loss. If a key is there and
 // does not work, and the sentinel is not there, Provision was interrupted while the
 // token made it: then it is made again, for [Open] never let anybody use it.
+// In the second of two tokens it makes no key: see [Config.Second].
 func Provision(ctx context.Context, cfg Config) (Provisioned, error) {
 	h, err := connect(ctx, cfg)
 	if err != nil {
@@ -70,8 +71,14 @@ func (h *HSM) ensure(ctx context.Context, o object) (done string, err error) {
 	if err != nil {
 		return "", err
 	}
-	if complete && !there {
+	copied := h.cfg.Second && o.what != "sentinel"
+	switch {
+	case complete && !there:
 		return "", fmt.Errorf("this host was provisioned before: %w", ErrLost)
+	case copied && !there:
+		return "", errors.New("it is not in the second token: copy it there from the first by the vendor's means, with its label and id, and do this again")
+	case copied:
+		return "already there", o.check(ctx)
 	}
 	if there {
 		err := o.check(ctx)

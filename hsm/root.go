@@ -145,12 +145,12 @@ func (c *rootChange) plan(ctx context.Context) error {
 }
 
 func (c *rootChange) makeKey(ctx context.Context) error {
-	return c.h.change(ctx, func(s *session) error { return s.makeKey(s.label("root"), c.key) })
+	return c.h.change(ctx, func(s *session) error { return s.makeKey(s.label(s.root), c.key) })
 }
 
 func (c *rootChange) writeFile(ctx context.Context) error {
 	c.file = c.h.envelope(kindRoot, c.key)
-	if err := c.h.seal(ctx, c.file, "root", "root", c.next); err != nil {
+	if err := c.h.seal(ctx, c.file, c.h.cfg.rootName(), "root", c.next); err != nil {
 		return err
 	}
 	c.placed = true
@@ -165,7 +165,7 @@ func (c *rootChange) readBack(ctx context.Context) error {
 	if f.content == nil || !bytes.Equal(f.content.encode(), c.file.encode()) {
 		return errors.New("the root's file is not what was written: check the disk")
 	}
-	got, err := c.h.open(ctx, f.content, "root", "root")
+	got, err := c.h.open(ctx, f.content, c.h.cfg.rootName(), "root")
 	if err != nil {
 		return err
 	}
@@ -187,7 +187,7 @@ func (c *rootChange) giveUp(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), giveUpTime)
 	defer cancel()
 	_ = c.h.change(ctx, func(s *session) error { // if it stays, the next SetRoot takes it
-		return s.destroyAll(s.find(anyClass, s.label("root"), attr(pkcs11.CKA_ID, c.key[:])))
+		return s.destroyAll(s.find(anyClass, s.label(s.root), attr(pkcs11.CKA_ID, c.key[:])))
 	})
 }
 
@@ -204,7 +204,7 @@ func (h *HSM) survey(ctx context.Context) (st rootState, err error) {
 		if f.content == nil || f.plan() || !slices.Contains(st.keys, f.content.key) {
 			continue
 		}
-		st.root, err = h.open(ctx, f.content, "root", "root")
+		st.root, err = h.open(ctx, f.content, h.cfg.rootName(), "root")
 		if err == nil {
 			st.key = f.content.key
 			return st, nil
@@ -213,7 +213,7 @@ func (h *HSM) survey(ctx context.Context) (st rootState, err error) {
 			return st, err // it may open another time, so no older one may take its place
 		}
 	}
-	return st, st.judge(label(h.cfg.Name, "root"), methodNumber(h.method.name))
+	return st, st.judge(label(h.cfg.Name, h.cfg.rootName()), methodNumber(h.method.name))
 }
 
 // judge says why no root opens.
@@ -304,7 +304,7 @@ func (h *HSM) destroyOlder(ctx context.Context, root keyID) error {
 			return err
 		}
 		if !slices.ContainsFunc(keys, func(k rootKey) bool { return k.id == root }) {
-			return fmt.Errorf("%s of generation %d: %w", s.label("root"), root.generation(), ErrLost)
+			return fmt.Errorf("%s of generation %d: %w", s.label(s.root), root.generation(), ErrLost)
 		}
 		if slices.ContainsFunc(keys, func(k rootKey) bool { return older(k.id, root) }) {
 			return &Error{Class: ClassPolicy, What: "an older root key is still in the token after it was destroyed"}
@@ -323,8 +323,11 @@ type rootKey struct {
 // method made could open an old root as well. That there is none is believed only of a
 // token that shows the sentinel.
 func (s *session) rootKeys() ([]rootKey, error) {
-	handles, err := s.find(anyClass, s.label("root"))
+	handles, err := s.find(anyClass, s.label(s.root))
 	if err != nil {
+		return nil, err
+	}
+	if err := s.noCopies(); err != nil {
 		return nil, err
 	}
 	if err := s.sentinel(); err != nil {
@@ -340,6 +343,17 @@ func (s *session) rootKeys() ([]rootKey, error) {
 	}
 	slices.SortFunc(keys, func(a, b rootKey) int { return slices.Compare(a.id[:], b.id[:]) })
 	return keys, nil
+}
+
+// noCopies is nil if no root key of the other one of two tokens is in this one: there it
+// would outlive its destruction.
+func (s *session) noCopies() error {
+	copies, err := s.find(anyClass, s.label(s.otherRoot))
+	if err == nil && len(copies) > 0 {
+		err = &Error{Class: ClassPolicy, What: fmt.Sprintf("%d keys %s of the other one of this host's two tokens are in this one: it is the same token, or was copied with them (destroy them here), or copies keys by itself (use the vendor's one token for both)",
+			len(copies), s.label(s.otherRoot))}
+	}
+	return err
 }
 
 func (h *HSM) rootKeys(ctx context.Context) (ids []keyID, err error) {

@@ -1,8 +1,10 @@
 package testenv
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -125,4 +127,53 @@ func (t *Token) util(ctx context.Context, args ...string) (string, error) {
 		return "", fmt.Errorf("softhsm2-util %s: %w: %s", args[0], err, out)
 	}
 	return string(out), nil
+}
+
+// Copy makes a second token with the keys and the PIN that this one has now: what a
+// vendor's means of copying do to another HSM of theirs. Nobody may use this one meanwhile.
+func (t *Token) Copy() (*Token, error) {
+	from, err := t.folder()
+	if err != nil {
+		return nil, err
+	}
+	var random [8]byte
+	rand.Read(random[:])
+	serial := hex.EncodeToString(random[:]) // the slot's number is made of it
+	to := filepath.Join(t.Store, serial)
+	if err := os.CopyFS(to, os.DirFS(from)); err != nil {
+		return nil, fmt.Errorf("copying a SoftHSM token: %w", err)
+	}
+	file := filepath.Join(to, "token.object")
+	object, err := os.ReadFile(file)
+	if err == nil {
+		err = os.WriteFile(file, bytes.Replace(object, []byte(t.Serial), []byte(serial), 1), 0o600)
+	}
+	c := *t
+	c.Serial, c.URI = serial, strings.Replace(t.URI, t.Serial, serial, 1)
+	return &c, err
+}
+
+// Take takes the token away, as if it were not plugged in, until back is called.
+func (t *Token) Take() (back func() error, err error) {
+	from, err := t.folder()
+	if err != nil {
+		return nil, err
+	}
+	away := filepath.Join(filepath.Dir(t.Store), "away-"+t.Serial)
+	return func() error { return os.Rename(away, from) }, os.Rename(from, away)
+}
+
+// folder is where SoftHSM keeps the token.
+func (t *Token) folder() (string, error) {
+	files, err := filepath.Glob(filepath.Join(t.Store, "*", "token.object"))
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			return "", err
+		}
+		if bytes.Contains(b, []byte(t.Serial)) {
+			return filepath.Dir(file), nil
+		}
+	}
+	return "", errors.Join(err, fmt.Errorf("no folder of SoftHSM holds token %s", t.Serial))
 }

@@ -67,8 +67,31 @@ func openTPM(ctx context.Context, c *config.Host) (*hardware, error) {
 	return &hardware{t, seal, identity, closeTPM}, nil
 }
 
+// token is one HSM, or a pair of them.
+type token interface {
+	vault.Protector
+	Identity(context.Context) (crypto.Signer, error)
+	Close()
+}
+
+func openToken(ctx context.Context, c *config.Host, log *slog.Logger) (token, error) {
+	if c.Protector.HSM.SecondURI == "" {
+		return helper.Open(ctx, hsmConfig(c, log))
+	}
+	return helper.OpenPair(ctx, helper.PairConfig{
+		First: hsmConfig(c, log), Second: secondConfig(c, log),
+		Changed: func(name string, err error) {
+			if err != nil {
+				log.Warn("one of the two tokens is away", "protector", name, "error", err)
+			} else {
+				log.Info("a token is back", "protector", name)
+			}
+		},
+	})
+}
+
 func openHSM(ctx context.Context, c *config.Host, log *slog.Logger) (*hardware, error) {
-	h, err := helper.Open(ctx, hsmConfig(c, log))
+	h, err := openToken(ctx, c, log)
 	if err != nil {
 		return nil, err
 	}
@@ -94,7 +117,19 @@ func hsmConfig(c *config.Host, log *slog.Logger) helper.Config {
 	}
 }
 
-func hsmFolder(c *config.Host) string { return filepath.Join(c.State, "hsm") }
+// secondConfig is the second token's, if there is one.
+func secondConfig(c *config.Host, log *slog.Logger) helper.Config {
+	m, cfg := &c.Protector.HSM, hsmConfig(c, log)
+	cfg.HSM.URI, cfg.HSM.StateDir, cfg.HSM.Second = m.SecondURI, secondFolder(c), true
+	u, err := hsm.ParseURI(m.SecondURI)
+	if m.SecondPIN != "" || err == nil && u.PINSource != "" {
+		cfg.HSM.PINSource = m.SecondPIN // wins over the URI's, unless it is empty
+	}
+	return cfg
+}
+
+func hsmFolder(c *config.Host) string    { return filepath.Join(c.State, "hsm") }
+func secondFolder(c *config.Host) string { return filepath.Join(c.State, "hsm-second") }
 
 func tpmConfig(c *config.Host, kept *tpmRecord, seal *sealPolicies) tpm.Config {
 	t := &c.Protector.TPM

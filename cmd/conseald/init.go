@@ -78,6 +78,11 @@ func initialise(ctx context.Context, file string, out io.Writer, policies []stri
 	if err != nil {
 		return err
 	}
+	if p, ok := hw.protector.(*helper.Pair); ok {
+		if err := p.Settle(ctx); err != nil {
+			return errors.Join(err, hw.close())
+		}
+	}
 	installed, err := hw.seal.installFiles(ctx, policies)
 	if err != nil {
 		return errors.Join(err, hw.close())
@@ -103,15 +108,7 @@ func provision(ctx context.Context, c *config.Host, ownLockout string) ([]string
 		if ownLockout != "" {
 			return nil, errors.New("--own-lockout is for a TPM, and this host has an HSM")
 		}
-		if err := os.MkdirAll(hsmFolder(c), 0o700); err != nil {
-			return nil, err
-		}
-		p, err := helper.Provision(ctx, hsmConfig(c, logger(c, os.Stderr)))
-		var steps []string
-		for _, s := range p.Steps {
-			steps = append(steps, s.Object+": "+s.Done)
-		}
-		return steps, err
+		return provisionTokens(ctx, c)
 	}
 	kept, err := readTPMRecord(c)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -134,6 +131,27 @@ func provision(ctx context.Context, c *config.Host, ownLockout string) ([]string
 	}
 	steps, err := tpm.Lockout(ctx, tpmConfig(c, kept, seal), ownLockout)
 	return append(p.Steps, steps...), err
+}
+
+func provisionTokens(ctx context.Context, c *config.Host) (steps []string, err error) {
+	log := logger(c, os.Stderr)
+	tokens := []helper.Config{hsmConfig(c, log)}
+	if c.Protector.HSM.SecondURI != "" {
+		tokens = append(tokens, secondConfig(c, log))
+	}
+	for _, cfg := range tokens {
+		if err := os.MkdirAll(cfg.HSM.StateDir, 0o700); err != nil {
+			return nil, err
+		}
+		p, err := helper.Provision(ctx, cfg)
+		if err != nil {
+			return nil, err
+		}
+		for _, s := range p.Steps {
+			steps = append(steps, s.Object+": "+s.Done)
+		}
+	}
+	return steps, nil
 }
 
 // withdraw undoes what initialise did, on a host with a TPM.

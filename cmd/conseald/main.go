@@ -86,7 +86,11 @@ crash inside a login.`,
 				if c.Protector.Kind == "tpm" {
 					return tpm.ClearLatch(c.State)
 				}
-				return hsm.ClearLatch(hsmFolder(c))
+				err = hsm.ClearLatch(hsmFolder(c))
+				if c.Protector.HSM.SecondURI != "" {
+					err = errors.Join(err, hsm.ClearLatch(secondFolder(c)))
+				}
+				return err
 			},
 		},
 	)

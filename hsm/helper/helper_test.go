@@ -39,7 +39,9 @@ func TestMain(m *testing.M) {
 	if helper.Called() {
 		os.Exit(helperMain())
 	}
-	if mode := os.Getenv("HELPER_TEST_AGENT"); mode != "" {
+	if mode := os.Getenv("HELPER_TEST_AGENT"); mode == "roots" {
+		os.Exit(rootsMain())
+	} else if mode != "" {
 		os.Exit(agentMain(mode))
 	}
 	os.Exit(runWithTokens(m))
