@@ -160,6 +160,21 @@ type HSM struct {
 	// configuration: ["SOFTHSM2_CONF", "ChrystokiConfigurationPath", "NFAST_HOME",
 	// "CS_PKCS11_R3_CFG", "YUBIHSM_PKCS11_CONF", "TPM2_PKCS11_STORE", "KMS_PKCS11_CONFIG"].
 	Environment []string `toml:"environment"`
+	// Objects are keys that somebody else made in the token.
+	Objects Objects `toml:"objects"`
+}
+
+// Objects names keys of the token that `conseald init` uses, after it has checked them, and
+// does not make: those of a ceremony, or of a token that makes keys by its vendor's tool
+// only. Root keys are made by the host in any case. See docs/hsm.md. They cannot be changed
+// once the host was initialised.
+type Objects struct {
+	// Identity is a key pair on P-256 that signs: its label, or its id as "id=%01%AB".
+	// Default: "", the host makes it.
+	Identity string `toml:"identity"`
+	// Wrap is a key of the kind that Method needs, named in the same way. Default: "",
+	// the host makes it.
+	Wrap string `toml:"wrap"`
 }
 
 // Limits bound what one caller or one other host can make this host do.

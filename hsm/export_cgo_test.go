@@ -76,7 +76,7 @@ func SetPIN(key crypto.Signer, from, to string) error {
 // MakeObject tries to make an object in the token with the session of a key of [OpenKey].
 func MakeObject(key crypto.Signer) error {
 	s := key.(*tokenKey).s
-	s.name = "nobody"
+	s.cfg = &Config{Name: "nobody"}
 	return s.makeData()
 }
 

@@ -26,6 +26,7 @@ package hsm
 import (
 	"errors"
 	"fmt"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -67,6 +68,33 @@ type Config struct {
 	// keys are copies of the first's: [Provision] makes neither. The root keys of the
 	// two are their own, and so is StateDir.
 	Second bool
+	// Identity and Wrap name keys that somebody else made in the token, which
+	// [Provision] then checks and does not make: a label, or "id=%01%AB", the
+	// percent-encoded CKA_ID. Empty for the host's own.
+	Identity, Wrap string
+}
+
+// given is what names a key that somebody else made; empty if nobody did.
+func (c Config) given(what string) string {
+	return map[string]string{"identity": c.Identity, "wrap": c.Wrap}[what]
+}
+
+// givenID reads the name of a key that is an id.
+func givenID(name string) (id []byte, ok bool) {
+	text, ok := strings.CutPrefix(name, "id=")
+	decoded, err := url.PathUnescape(text)
+	return []byte(decoded), ok && err == nil
+}
+
+func validGiven(name string) error {
+	id, isID := givenID(name)
+	switch {
+	case strings.HasPrefix(name, "id=") && (!isID || len(id) == 0):
+		return fmt.Errorf("hsm: key %q: wants a label, or id= and the percent-encoded id, id=%%01%%AB", name)
+	case strings.HasPrefix(name, "conseal/"):
+		return fmt.Errorf("hsm: key %q: labels with conseal/ are those of keys that hosts made for themselves", name)
+	}
+	return nil
 }
 
 // rootName is the end of the label of this token's root keys.
@@ -105,7 +133,7 @@ func (c Config) validate() (*URI, error) {
 	case c.MaxSessions < 0:
 		return nil, fmt.Errorf("hsm: max sessions is %d: must not be negative", c.MaxSessions)
 	}
-	if err := errors.Join(validName(c.Name), validMethod(c.Method)); err != nil {
+	if err := errors.Join(validName(c.Name), validMethod(c.Method), validGiven(c.Identity), validGiven(c.Wrap)); err != nil {
 		return nil, err
 	}
 	if strings.ContainsRune(c.InitArgs, 0) {

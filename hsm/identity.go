@@ -24,7 +24,7 @@ import (
 // with words of its own in front.
 type identity struct {
 	h      *HSM
-	id     keyID
+	id     []byte
 	public *ecdsa.PublicKey
 }
 
@@ -66,13 +66,16 @@ func (i *identity) load(s *session) error {
 	if err != nil {
 		return err
 	}
-	if i.id, err = s.keyID(private); err != nil {
+	if i.id, err = s.value(private, pkcs11.CKA_ID); err != nil {
 		return err
+	}
+	if len(i.id) == 0 {
+		return &Error{Class: ClassPolicy, What: "key pair " + label + " has no id, by which its halves belong together"}
 	}
 	if err := s.checkProperties(private, label, identityProperties()); err != nil {
 		return err
 	}
-	public, err := s.one(pkcs11.CKO_PUBLIC_KEY, label, attr(pkcs11.CKA_ID, i.id[:]))
+	public, err := s.one(pkcs11.CKO_PUBLIC_KEY, label, attr(pkcs11.CKA_ID, i.id))
 	if errors.Is(err, errMissing) {
 		return &Error{Class: ClassPolicy, What: "key pair " + label + " lacks its public half"}
 	}
@@ -128,7 +131,7 @@ func (i *identity) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]b
 
 func (i *identity) sign(ctx context.Context, digest []byte) (der []byte, err error) {
 	err = i.h.do(ctx, func(s *session) error {
-		k, err := s.key(pkcs11.CKO_PRIVATE_KEY, s.label("identity"), attr(pkcs11.CKA_ID, i.id[:]))
+		k, err := s.key(pkcs11.CKO_PRIVATE_KEY, s.label("identity"), attr(pkcs11.CKA_ID, i.id))
 		if err != nil {
 			return err
 		}

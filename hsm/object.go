@@ -3,6 +3,8 @@
 package hsm
 
 import (
+	"cmp"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -24,7 +26,19 @@ func label(name, what string) string { return "conseal/" + name + "/" + what }
 
 func attr(kind uint, value any) *pkcs11.Attribute { return pkcs11.NewAttribute(kind, value) }
 
-func (s *session) label(what string) string { return label(s.name, what) }
+// label is what an object of this host is found by: its label, or what [Config] says of
+// a key that somebody else made.
+func (s *session) label(what string) string {
+	return cmp.Or(s.cfg.given(what), label(s.cfg.Name, what))
+}
+
+// named is the attribute by which an object is found.
+func named(label string) *pkcs11.Attribute {
+	if id, ok := givenID(label); ok {
+		return attr(pkcs11.CKA_ID, id)
+	}
+	return attr(pkcs11.CKA_LABEL, label)
+}
 
 // anyClass finds objects of all classes.
 const anyClass = ^uint(0)
@@ -37,7 +51,7 @@ func (s *session) find(class uint, label string, more ...*pkcs11.Attribute) ([]p
 
 // findAny gives session objects too.
 func (s *session) findAny(class uint, label string, more ...*pkcs11.Attribute) ([]pkcs11.ObjectHandle, error) {
-	template := append(slices.Clone(more), attr(pkcs11.CKA_LABEL, label))
+	template := append(slices.Clone(more), named(label))
 	if class != anyClass {
 		template = append(template, attr(pkcs11.CKA_CLASS, class))
 	}
@@ -111,6 +125,31 @@ func (s *session) loggedIn() error {
 		err = pkcs11.Error(pkcs11.CKR_USER_NOT_LOGGED_IN)
 	}
 	return failed("C_GetSessionInfo", err)
+}
+
+// foreignID stands for the id of a key that somebody else made: it names that key in
+// blobs as keyID does ours.
+func (s *session) foreignID(h pkcs11.ObjectHandle) (id keyID, err error) {
+	b, err := s.value(h, pkcs11.CKA_ID)
+	sum := sha256.Sum256(append([]byte("conseal hsm key v1"), b...))
+	copy(id[:], sum[:])
+	return id, err
+}
+
+// wrapKey finds the wrapping key, or only that one whose id is given.
+func (s *session) wrapKey(id *keyID) (pkcs11.ObjectHandle, error) {
+	class, label := s.method.key.class, s.label("wrap")
+	if s.cfg.Wrap == "" && id != nil {
+		return s.key(class, label, attr(pkcs11.CKA_ID, id[:]))
+	}
+	key, err := s.key(class, label)
+	if err != nil || id == nil {
+		return key, err
+	}
+	if got, err := s.foreignID(key); err != nil || got != *id {
+		return 0, cmp.Or(err, fmt.Errorf("%s: another key has its name now: %w", label, ErrLost))
+	}
+	return key, nil
 }
 
 // keyID reads an object's id, which must be one of ours.
@@ -187,11 +226,22 @@ func (s *session) checkProperties(h pkcs11.ObjectHandle, label string, propertie
 	never := []property{ // PKCS#11 v2.40 section 4.9: since its birth
 		{pkcs11.CKA_ALWAYS_SENSITIVE, "ALWAYS_SENSITIVE", true}, {pkcs11.CKA_NEVER_EXTRACTABLE, "NEVER_EXTRACTABLE", true}}
 	for _, p := range append(never, properties...) {
+		if s.tolerated(label, p) {
+			continue
+		}
 		if err := s.checkProperty(h, label, p); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// tolerated are usages that a key of somebody else may have besides its own, for other
+// tools leave those to the token. They open nothing that the key's own do not, but
+// deriving: that makes keys which can leave.
+func (s *session) tolerated(label string, p property) bool {
+	usages := []uint{pkcs11.CKA_ENCRYPT, pkcs11.CKA_DECRYPT, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP, pkcs11.CKA_SIGN, pkcs11.CKA_SIGN_RECOVER, pkcs11.CKA_VERIFY}
+	return (label == s.cfg.Identity || label == s.cfg.Wrap) && !p.want && slices.Contains(usages, p.kind)
 }
 
 func (s *session) checkProperty(h pkcs11.ObjectHandle, label string, p property) error {

@@ -82,11 +82,16 @@ func (h *HSM) checkWrap(ctx context.Context) (id keyID, err error) {
 		}
 	}
 	err = h.do(ctx, func(s *session) error {
-		k, err := s.key(s.method.key.class, s.label("wrap"))
+		k, err := s.wrapKey(nil)
 		if err != nil {
 			return err
 		}
-		if id, err = s.keyID(k); err != nil {
+		if s.cfg.Wrap != "" {
+			id, err = s.foreignID(k)
+		} else {
+			id, err = s.keyID(k)
+		}
+		if err != nil {
 			return err
 		}
 		return s.checkKind(k, s.label("wrap"))
@@ -104,7 +109,13 @@ func (h *HSM) with(ctx context.Context, e *envelope, what string, fn func(s *ses
 		run = h.change
 	}
 	return run(ctx, func(s *session) error {
-		k, err := s.key(s.method.key.class, s.label(what), attr(pkcs11.CKA_ID, e.key[:]))
+		var k pkcs11.ObjectHandle
+		var err error
+		if what == "wrap" {
+			k, err = s.wrapKey(&e.key)
+		} else {
+			k, err = s.key(s.method.key.class, s.label(what), attr(pkcs11.CKA_ID, e.key[:]))
+		}
 		if err != nil {
 			return err
 		}

@@ -72,9 +72,14 @@ func (h *HSM) ensure(ctx context.Context, o object) (done string, err error) {
 		return "", err
 	}
 	copied := h.cfg.Second && o.what != "sentinel"
+	given := h.cfg.given(o.what)
 	switch {
 	case complete && !there:
 		return "", fmt.Errorf("this host was provisioned before: %w", ErrLost)
+	case given != "" && !there:
+		return "", fmt.Errorf("no key %q of this kind is in the token: make it there first, or let this host make its own", given)
+	case given != "":
+		return "already there, as " + given, h.checkGiven(ctx, o)
 	case copied && !there:
 		return "", errors.New("it is not in the second token: copy it there from the first by the vendor's means, with its label and id, and do this again")
 	case copied:
@@ -99,6 +104,19 @@ func (h *HSM) ensure(ctx context.Context, o object) (done string, err error) {
 		return "", err
 	}
 	return "made", o.check(ctx)
+}
+
+// checkGiven checks a key that somebody else made, and that the host can make the root
+// keys, which it makes in any case.
+func (h *HSM) checkGiven(ctx context.Context, o object) error {
+	if err := o.check(ctx); err != nil || o.what != "wrap" {
+		return err
+	}
+	err := h.change(ctx, func(s *session) error { return s.selfTest(nil) })
+	if err != nil {
+		return fmt.Errorf("the host makes a key for each root, and cannot: %w", err)
+	}
+	return nil
 }
 
 // has tells whether a private object is there.

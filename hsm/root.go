@@ -145,7 +145,7 @@ func (c *rootChange) plan(ctx context.Context) error {
 }
 
 func (c *rootChange) makeKey(ctx context.Context) error {
-	return c.h.change(ctx, func(s *session) error { return s.makeKey(s.label(s.root), c.key) })
+	return c.h.change(ctx, func(s *session) error { return s.makeKey(s.label(s.cfg.rootName()), c.key) })
 }
 
 func (c *rootChange) writeFile(ctx context.Context) error {
@@ -187,7 +187,7 @@ func (c *rootChange) giveUp(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), giveUpTime)
 	defer cancel()
 	_ = c.h.change(ctx, func(s *session) error { // if it stays, the next SetRoot takes it
-		return s.destroyAll(s.find(anyClass, s.label(s.root), attr(pkcs11.CKA_ID, c.key[:])))
+		return s.destroyAll(s.find(anyClass, s.label(s.cfg.rootName()), attr(pkcs11.CKA_ID, c.key[:])))
 	})
 }
 
@@ -304,7 +304,7 @@ func (h *HSM) destroyOlder(ctx context.Context, root keyID) error {
 			return err
 		}
 		if !slices.ContainsFunc(keys, func(k rootKey) bool { return k.id == root }) {
-			return fmt.Errorf("%s of generation %d: %w", s.label(s.root), root.generation(), ErrLost)
+			return fmt.Errorf("%s of generation %d: %w", s.label(s.cfg.rootName()), root.generation(), ErrLost)
 		}
 		if slices.ContainsFunc(keys, func(k rootKey) bool { return older(k.id, root) }) {
 			return &Error{Class: ClassPolicy, What: "an older root key is still in the token after it was destroyed"}
@@ -323,7 +323,7 @@ type rootKey struct {
 // method made could open an old root as well. That there is none is believed only of a
 // token that shows the sentinel.
 func (s *session) rootKeys() ([]rootKey, error) {
-	handles, err := s.find(anyClass, s.label(s.root))
+	handles, err := s.find(anyClass, s.label(s.cfg.rootName()))
 	if err != nil {
 		return nil, err
 	}
@@ -348,10 +348,10 @@ func (s *session) rootKeys() ([]rootKey, error) {
 // noCopies is nil if no root key of the other one of two tokens is in this one: there it
 // would outlive its destruction.
 func (s *session) noCopies() error {
-	copies, err := s.find(anyClass, s.label(s.otherRoot))
+	copies, err := s.find(anyClass, s.label(s.cfg.otherRootName()))
 	if err == nil && len(copies) > 0 {
 		err = &Error{Class: ClassPolicy, What: fmt.Sprintf("%d keys %s of the other one of this host's two tokens are in this one: it is the same token, or was copied with them (destroy them here), or copies keys by itself (use the vendor's one token for both)",
-			len(copies), s.label(s.otherRoot))}
+			len(copies), s.label(s.cfg.otherRootName()))}
 	}
 	return err
 }

@@ -59,14 +59,12 @@ type connection struct {
 
 // session is a session lent to one operation.
 type session struct {
-	p         *pkcs11.Ctx
-	h         pkcs11.SessionHandle
-	slot      uint
-	name      string // of the host
-	root      string // the end of the label of root keys
-	otherRoot string // and in the other one of two tokens
-	asks      bool   // the token asks for a login before it shows private objects
-	method    *method
+	p      *pkcs11.Ctx
+	h      pkcs11.SessionHandle
+	slot   uint
+	cfg    *Config
+	asks   bool // the token asks for a login before it shows private objects
+	method *method
 }
 
 // tokenPause is how long a lost token is left alone: looking for it restarts the
@@ -239,7 +237,7 @@ func (h *HSM) once(fn func(*session) error, module sync.Locker) attempt {
 	defer module.Unlock()
 	conn, sh, err := h.borrow()
 	if err == nil {
-		err = fn(&session{h.mod.p, sh, conn.slot, h.cfg.Name, h.cfg.rootName(), h.cfg.otherRootName(), conn.info.Flags&pkcs11.CKF_LOGIN_REQUIRED != 0, h.method})
+		err = fn(&session{h.mod.p, sh, conn.slot, &h.cfg, conn.info.Flags&pkcs11.CKF_LOGIN_REQUIRED != 0, h.method})
 		h.giveBack(conn, sh, err)
 	}
 	return attempt{conn, h.mod.epoch, err}

@@ -108,7 +108,7 @@ func hsmConfig(c *config.Host, log *slog.Logger) helper.Config {
 	return helper.Config{
 		HSM: hsm.Config{
 			URI: m.URI, Name: c.Name, Method: m.Method, InitArgs: m.InitArgs, Modules: m.Modules, PINSource: m.PIN,
-			StateDir: hsmFolder(c), MaxSessions: m.MaxSessions,
+			StateDir: hsmFolder(c), MaxSessions: m.MaxSessions, Identity: m.Objects.Identity, Wrap: m.Objects.Wrap,
 		},
 		Timeout: m.Timeout, Environment: m.Environment,
 		Lost: func(err error) {
