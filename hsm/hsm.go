@@ -207,7 +207,7 @@ func validStateDir(dir string) error {
 	return nil
 }
 
-// Provisioned tells an operator what [Provision] found and made.
+// Provisioned tells an operator what [Provision] found and made, or [Withdraw] destroyed.
 type Provisioned struct {
 	Token string // the token, as the URI names it
 	Steps []Step // in the order in which they were done
@@ -216,7 +216,7 @@ type Provisioned struct {
 // Step is one object that a host needs in its token.
 type Step struct {
 	Object string // what it is, and its label
-	Done   string // "made" or "already there"
+	Done   string // "made", "already there", ...
 }
 
 func (p Provisioned) String() string {

@@ -18,6 +18,9 @@ type HSM struct{}
 // Open says that PKCS#11 needs cgo.
 func Open(context.Context, Config) (*HSM, error) { return nil, errNoCgo }
 
+// Withdraw says that PKCS#11 needs cgo.
+func Withdraw(context.Context, Config) (Provisioned, error) { return Provisioned{}, errNoCgo }
+
 // Provision says that PKCS#11 needs cgo.
 func Provision(context.Context, Config) (Provisioned, error) { return Provisioned{}, errNoCgo }
 

@@ -173,3 +173,47 @@ func (s *session) makeData() error {
 		return failed("C_CreateObject", err)
 	})
 }
+
+// Withdraw destroys what [Provision] and SetRoot made in the token: objects with this
+// host's labels, and no others; keys of somebody else stay. The sentinel goes last. It may
+// be repeated.
+func Withdraw(ctx context.Context, cfg Config) (Provisioned, error) {
+	h, err := connect(ctx, cfg)
+	if err != nil {
+		return Provisioned{}, err
+	}
+	defer h.Close()
+	p := Provisioned{Token: h.uri.path()}
+	for _, what := range []string{cfg.rootName(), "wrap", "identity", "sentinel"} {
+		step := Step{Object: label(cfg.Name, what)}
+		if step.Done, err = h.withdraw(ctx, step.Object); err != nil {
+			return p, fmt.Errorf("hsm: withdrawing from %s: %s: %w", h.Name(), step.Object, err)
+		}
+		p.Steps = append(p.Steps, step)
+	}
+	return p, nil
+}
+
+// withdraw destroys all objects of a label, sees that they are gone, and says what it
+// did.
+func (h *HSM) withdraw(ctx context.Context, label string) (done string, err error) {
+	destroyed := 0
+	err = h.change(ctx, func(s *session) error {
+		if err := s.loggedIn(); err != nil {
+			return err
+		}
+		all, err := s.find(anyClass, label)
+		if err := s.destroyAll(all, err); err != nil {
+			return err
+		}
+		destroyed += len(all)
+		if all, err = s.find(anyClass, label); err == nil && len(all) > 0 {
+			err = &Error{Class: ClassPolicy, What: fmt.Sprintf("%d objects are still in the token after they were destroyed", len(all))}
+		}
+		return err
+	})
+	if destroyed == 0 {
+		return "not there", err
+	}
+	return fmt.Sprintf("destroyed, %d of them", destroyed), err
+}

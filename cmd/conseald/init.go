@@ -15,6 +15,7 @@ import (
 	"conseal/agent"
 	"conseal/agent/vault"
 	"conseal/config"
+	"conseal/hsm"
 	"conseal/hsm/helper"
 	"conseal/tpm"
 )
@@ -37,7 +38,7 @@ With --own-lockout, the TPM's protection against dictionary attacks becomes this
 host's: 32 tries, 10 minutes, and a lockout authorization that is written to FILE
 first. Without it that is left as it is.
 
-With --undo, for a host that leaves: take what is this host's out of its TPM, and
+With --undo, for a host that leaves: take what is this host's out of its TPM or HSM, and
 its shares from its disk. Nobody can bring them back.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -52,7 +53,7 @@ its shares from its disk. Nobody can bring them back.`,
 	}
 	c.Flags().StringArrayVar(&policies, "policy", nil, "install a signed seal policy first; may be repeated")
 	c.Flags().StringVar(&ownLockout, "own-lockout", "", "set the TPM's lockout authorization and write it to `FILE`, and its dictionary attack parameters")
-	c.Flags().BoolVar(&undo, "undo", false, "for a host that leaves: destroy its shares and what is its own in the TPM")
+	c.Flags().BoolVar(&undo, "undo", false, "for a host that leaves: destroy its shares and what is its own in the TPM or HSM")
 	c.Flags().StringVar(&confirm, "confirm", "", "with --undo: the name of this host")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON, for programs")
 	c.MarkFlagsMutuallyExclusive("undo", "own-lockout")
@@ -108,7 +109,7 @@ func provision(ctx context.Context, c *config.Host, ownLockout string) ([]string
 		if ownLockout != "" {
 			return nil, errors.New("--own-lockout is for a TPM, and this host has an HSM")
 		}
-		return provisionTokens(ctx, c)
+		return eachToken(ctx, c, helper.Provision)
 	}
 	kept, err := readTPMRecord(c)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -133,7 +134,9 @@ func provision(ctx context.Context, c *config.Host, ownLockout string) ([]string
 	return append(p.Steps, steps...), err
 }
 
-func provisionTokens(ctx context.Context, c *config.Host) (steps []string, err error) {
+// eachToken provisions the host's tokens, or withdraws from them, and returns the steps
+// in words.
+func eachToken(ctx context.Context, c *config.Host, do func(context.Context, helper.Config) (hsm.Provisioned, error)) (steps []string, err error) {
 	log := logger(c, os.Stderr)
 	tokens := []helper.Config{hsmConfig(c, log)}
 	if c.Protector.HSM.SecondURI != "" {
@@ -141,11 +144,11 @@ func provisionTokens(ctx context.Context, c *config.Host) (steps []string, err e
 	}
 	for _, cfg := range tokens {
 		if err := os.MkdirAll(cfg.HSM.StateDir, 0o700); err != nil {
-			return nil, err
+			return steps, err
 		}
-		p, err := helper.Provision(ctx, cfg)
+		p, err := do(ctx, cfg)
 		if err != nil {
-			return nil, err
+			return steps, err
 		}
 		for _, s := range p.Steps {
 			steps = append(steps, s.Object+": "+s.Done)
@@ -154,14 +157,11 @@ func provisionTokens(ctx context.Context, c *config.Host) (steps []string, err e
 	return steps, nil
 }
 
-// withdraw undoes what initialise did, on a host with a TPM.
+// withdraw undoes what initialise did.
 func withdraw(ctx context.Context, file string, out io.Writer, confirm string) error {
 	c, err := config.Load(file)
 	if err != nil {
 		return err
-	}
-	if c.Protector.Kind != "tpm" {
-		return errors.New("--undo knows TPMs only so far: destroy the host's objects in the token with the vendor's tool")
 	}
 	if confirm != c.Name {
 		return fmt.Errorf("this destroys all shares of host %q, for good: keys that need it for their quorum are lost with it; if that is meant, run: conseald init --undo --confirm %s", c.Name, c.Name)
@@ -169,26 +169,23 @@ func withdraw(ctx context.Context, file string, out io.Writer, confirm string) e
 	if err := vault.InUse(agent.VaultFolder(c)); err != nil {
 		return err
 	}
-	kept, err := readTPMRecord(c)
-	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("this host was not initialised, or was undone already: %w", err)
+	var steps []string
+	if c.Protector.Kind == "hsm" {
+		steps, err = eachToken(ctx, c, helper.Withdraw)
+	} else {
+		steps, err = withdrawTPM(ctx, c)
 	}
-	if err != nil {
-		return err
-	}
-	seal, err := openSealPolicies(c)
-	if err != nil {
-		return err
-	}
-	steps, err := tpm.Withdraw(ctx, tpmConfig(c, kept, seal))
 	for _, s := range steps {
 		fmt.Fprintln(out, s)
 	}
 	if err != nil {
 		return err
 	}
-	for _, name := range []string{"vault", "policies", "measurement.toml", filepath.Base(tpmRecordPath(c))} { // the record last: with it, this can be run again
+	for _, name := range []string{"vault", filepath.Base(hsmFolder(c)), filepath.Base(secondFolder(c)), "policies", "measurement.toml", filepath.Base(tpmRecordPath(c))} { // the record last: with it, this can be run again
 		path := filepath.Join(c.State, name)
+		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
 		if err := os.RemoveAll(path); err != nil {
 			return err
 		}
@@ -196,6 +193,21 @@ func withdraw(ctx context.Context, file string, out io.Writer, confirm string) e
 	}
 	_, err = fmt.Fprintf(out, "%s: left; take the host out of the roster\n", filepath.Join(c.State, "audit.log"))
 	return err
+}
+
+func withdrawTPM(ctx context.Context, c *config.Host) ([]string, error) {
+	kept, err := readTPMRecord(c)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("this host was not initialised, or was undone already: %w", err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	seal, err := openSealPolicies(c)
+	if err != nil {
+		return nil, err
+	}
+	return tpm.Withdraw(ctx, tpmConfig(c, kept, seal))
 }
 
 func createVault(ctx context.Context, c *config.Host, p vault.Protector) (step string, err error) {

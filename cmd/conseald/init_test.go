@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -82,6 +83,42 @@ func (h *hsmHost) wants(t *testing.T, out string, want []string) {
 	}
 }
 
+// TestUndoTouchesNothingElse leaves another host's objects, and says what is wrong if
+// there is no module.
+func TestUndoTouchesNothingElse(t *testing.T) {
+	defer testenv.Clean()
+	h := newHSMHost(t)
+	h.must(t, []string{"init"})
+	conf := filepath.Join(h.dir, "conseal.toml")
+	text, err := os.ReadFile(conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(from, to string) {
+		t.Helper()
+		if err := os.WriteFile(conf, []byte(strings.ReplaceAll(string(text), from, to)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(h.token.Module, "/usr/lib/none.so")
+	h.fails(t, []string{"init", "--undo", "--confirm", "alpha"}, "/usr/lib/none.so")
+	write("'alpha'", "'beta'")
+	h.must(t, []string{"init", "--undo", "--confirm", "beta"}, "conseal/beta/wrap: not there")
+	if left := h.objects(t); len(left) != 5 {
+		t.Errorf("%d objects of the other host are left, want 5: %q", len(left), left)
+	}
+}
+
+// objects are the files of all objects in the host's tokens.
+func (h *hsmHost) objects(t *testing.T) []string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(h.token.Store, "*", "*.object"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.DeleteFunc(files, func(f string) bool { return filepath.Base(f) == "token.object" })
+}
+
 // TestInitWithTwoTokens follows the operator of a pair: the first token, copied, and
 // both.
 func TestInitWithTwoTokens(t *testing.T) {
@@ -111,4 +148,12 @@ func TestInitWithTwoTokens(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.must(t, []string{"clear-pin-latch"})
+
+	h.fails(t, []string{"init", "--undo"}, "for good", "--confirm alpha")
+	gone := []string{"conseal/alpha/identity: destroyed, 2 of them", "conseal/alpha/root: destroyed, 1 of them", "conseal/alpha/root-second: destroyed, 1 of them", "/vault: removed", "/hsm: removed", "/hsm-second: removed"}
+	h.must(t, []string{"init", "--undo", "--confirm", "alpha"}, gone...)
+	h.must(t, []string{"init", "--undo", "--confirm", "alpha"}, "conseal/alpha/sentinel: not there") // nothing is left
+	if left := h.objects(t); len(left) > 0 {
+		t.Errorf("left in the tokens: %q", left)
+	}
 }

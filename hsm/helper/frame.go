@@ -29,6 +29,7 @@ type op byte
 const (
 	opStart     op = iota + 1 // text: hsm.Config as JSON; answer: the token's name
 	opProvision               // text: hsm.Config as JSON; answer: hsm.Provisioned as JSON
+	opWithdraw                // the same
 	opSeal                    // text: id; answer: blob and key
 	opOpen                    // text: id, blob; answer: key
 	opRoot                    // answer: root
@@ -42,7 +43,7 @@ const (
 )
 
 func (o op) String() string {
-	return [opEnd]string{opStart: "opening the token", opProvision: "provisioning", opSeal: "sealing", opOpen: "opening a key",
+	return [opEnd]string{opStart: "opening the token", opProvision: "provisioning", opWithdraw: "withdrawing", opSeal: "sealing", opOpen: "opening a key",
 		opRoot: "reading the root", opSetRoot: "setting the root", opIdentity: "reading the identity", opSign: "signing"}[o]
 }
 

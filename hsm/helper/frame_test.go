@@ -41,7 +41,7 @@ func TestFramesHaveLimits(t *testing.T) {
 		at int
 		to byte
 	}{
-		"op 0": {8, 0}, "op beyond the last": {8, 12}, "a long text": {9, 1}, "a long blob": {13, 1}, "a long secret": {17, 65},
+		"op 0": {8, 0}, "op beyond the last": {8, 13}, "a long text": {9, 1}, "a long blob": {13, 1}, "a long secret": {17, 65},
 	} {
 		b := []byte(good)
 		b[change.at] = change.to

@@ -64,8 +64,8 @@ func deadlines(o op) time.Duration {
 	switch o {
 	case opStart, opRoot, opSetRoot, opIdentity:
 		return 3
-	case opProvision:
-		return 30 // keys are made
+	case opProvision, opWithdraw:
+		return 30 // keys are made and destroyed
 	}
 	return 1
 }
@@ -133,13 +133,23 @@ func lockFolder(ctx context.Context, dir string) (*os.File, error) {
 
 // Provision makes what a host needs in its token: see [hsm.Provision].
 func Provision(ctx context.Context, cfg Config) (hsm.Provisioned, error) {
+	return once(ctx, cfg, opProvision)
+}
+
+// Withdraw destroys what a host has in its token: see [hsm.Withdraw].
+func Withdraw(ctx context.Context, cfg Config) (hsm.Provisioned, error) {
+	return once(ctx, cfg, opWithdraw)
+}
+
+// once starts a helper for one question.
+func once(ctx context.Context, cfg Config, o op) (hsm.Provisioned, error) {
 	var done hsm.Provisioned
 	lock, err := prepare(ctx, &cfg)
 	if err != nil {
 		return done, err
 	}
 	defer lock.Close()
-	p, a := begin(ctx, &cfg, lock, opProvision)
+	p, a := begin(ctx, &cfg, lock, o)
 	if p != nil {
 		defer p.stop(stopTime)
 	}
@@ -147,7 +157,7 @@ func Provision(ctx context.Context, cfg Config) (hsm.Provisioned, error) {
 		return done, a.err
 	}
 	if err := strictJSON([]byte(a.text), &done); err != nil {
-		return done, fmt.Errorf("hsm: provisioning: the helper's answer: %w", err)
+		return done, fmt.Errorf("hsm: %s: the helper's answer: %w", o, err)
 	}
 	return done, nil
 }

@@ -525,7 +525,7 @@ func TestAHelperIsStrict(t *testing.T) {
 	for what, send := range map[string]func(w io.Writer) error{
 		"nothing":                   func(io.Writer) error { return nil },
 		"a question before a token": func(w io.Writer) error { return helper.Send(w, 1, 5, "", nil) },
-		"an answer":                 func(w io.Writer) error { return helper.Send(w, 1, 10, "", nil) },
+		"an answer":                 func(w io.Writer) error { return helper.Send(w, 1, 11, "", nil) },
 		"half a frame":              func(w io.Writer) error { _, err := w.Write([]byte("0123")); return err },
 		"an unknown setting":        func(w io.Writer) error { return helper.Send(w, 1, 1, `{"PIN": "1"}`, nil) },
 	} {

@@ -161,7 +161,9 @@ func (s *server) do(ctx context.Context, f *frame) (*frame, error) {
 	case opStart:
 		return s.start(ctx, f.text)
 	case opProvision:
-		return provision(ctx, f.text)
+		return provision(ctx, f.text, hsm.Provision)
+	case opWithdraw:
+		return provision(ctx, f.text, hsm.Withdraw)
 	}
 	s.mu.Lock()
 	h := s.hsm
@@ -204,12 +206,12 @@ func (s *server) start(ctx context.Context, text string) (*frame, error) {
 	return &frame{text: h.Name()}, nil
 }
 
-func provision(ctx context.Context, text string) (*frame, error) {
+func provision(ctx context.Context, text string, do func(context.Context, hsm.Config) (hsm.Provisioned, error)) (*frame, error) {
 	var cfg hsm.Config
 	if err := strictJSON([]byte(text), &cfg); err != nil {
 		return nil, fmt.Errorf("hsm: the helper's configuration: %w", err)
 	}
-	done, err := hsm.Provision(ctx, cfg)
+	done, err := do(ctx, cfg)
 	if err != nil {
 		return nil, err
 	}
