@@ -138,7 +138,7 @@ type HSM struct {
 	// No default. Example: ["/usr/lib/softhsm/libsofthsm2.so"].
 	Modules []string `toml:"modules"`
 	// Method is how the token guards a key: "aes-gcm", "aes-kw-enc", "aes-kw", "aes-kwp",
-	// "rsa-oaep-sha256", "hmac-sha256-prf" or "rsa-oaep-sha1". `conseal hsm probe` says which
+	// "rsa-oaep-sha256", "hmac-sha256-prf" or "rsa-oaep-sha1". `conseald hsm probe` says which
 	// this token can and which to set. No file of the host chooses it. It cannot be changed
 	// once the host was initialised. Default: "aes-gcm".
 	Method string `toml:"method"`

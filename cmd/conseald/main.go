@@ -70,6 +70,7 @@ line that it prints into the roster, and start conseald.`,
 			},
 		},
 		initCommand(&file, out),
+		hsmCommand(out),
 		&cobra.Command{
 			Use: "clear-pin-latch", Short: "Let the PIN of the HSM or TPM be tried again after it was refused", Args: cobra.NoArgs,
 			Long: `Let the PIN of the HSM or TPM be tried again after it was refused.

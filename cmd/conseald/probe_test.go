@@ -33,7 +33,7 @@ func TestHSMProbe(t *testing.T) {
 	}
 	cache := t.TempDir()
 	probe := func(args ...string) (out, errs string, code int) {
-		cmd := exec.CommandContext(t.Context(), bin.Client, append([]string{"hsm", "probe"}, args...)...)
+		cmd := exec.CommandContext(t.Context(), bin.Agent, append([]string{"hsm", "probe"}, args...)...)
 		cmd.Env = append(append(os.Environ(), "XDG_CACHE_HOME="+cache), soft.Env()...)
 		var stderr strings.Builder
 		cmd.Stderr = &stderr

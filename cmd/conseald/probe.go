@@ -17,14 +17,18 @@ import (
 	"conseal/hsm"
 )
 
-func hsmCommand(e *env) *cobra.Command {
-	c := groups(&cobra.Command{Use: "hsm", Short: "PKCS#11 tokens: what one can, before a host uses it"})
-	c.AddCommand(hsmProbe(e))
+func hsmCommand(out io.Writer) *cobra.Command {
+	c := &cobra.Command{
+		Use: "hsm", Short: "PKCS#11 tokens: what one can, before a host uses it", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
+	}
+	c.AddCommand(hsmProbe(out))
 	return c
 }
 
-func hsmProbe(e *env) *cobra.Command {
+func hsmProbe(out io.Writer) *cobra.Command {
 	var cfg hsm.Config
+	var asJSON bool
 	c := &cobra.Command{
 		Use:   "probe URI",
 		Short: "Say what a PKCS#11 token can, and which protector.hsm.method to set",
@@ -36,8 +40,8 @@ nothing that is there is touched. What the token says it can is not believed.
 
 The PIN is sent once. If the token refuses it, it is not sent again; the folder that
 remembers that is named in the error.`,
-		Example: `  conseal hsm probe "pkcs11:token=conseal?module-path=/usr/lib/softhsm/libsofthsm2.so" --pin file:/etc/conseal/hsm.pin`,
-		Args:    args(1, 1),
+		Example: `  conseald hsm probe "pkcs11:token=conseal?module-path=/usr/lib/softhsm/libsofthsm2.so" --pin file:/etc/conseal/hsm.pin`,
+		Args:    cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, a []string) (err error) {
 			cfg.URI = a[0]
 			if cfg.StateDir, err = probeFolder(cfg.URI); err != nil {
@@ -47,13 +51,14 @@ remembers that is named in the error.`,
 			if err != nil {
 				return err
 			}
-			if e.json {
-				return json.NewEncoder(e.out).Encode(r)
+			if asJSON {
+				return json.NewEncoder(out).Encode(r)
 			}
-			return printReport(e.out, r)
+			return printReport(out, r)
 		},
 	}
 	c.Flags().StringVar(&cfg.PINSource, "pin", "", "where the PIN is: file:/PATH, fd:N or cred:NAME; else the URI's pin-source says it")
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON, for programs")
 	c.Flags().StringVar(&cfg.InitArgs, "init-args", "", "what C_Initialize gets, as protector.hsm.init_args")
 	return c
 }
