@@ -8,7 +8,8 @@ TOOLS    = swtpm:swtpm swtpm_setup:swtpm-tools certtool:gnutls-bin softhsm2-util
 # would make ten times slower and which shares nothing between goroutines.
 RACE     = -race -gcflags=github.com/cronokirby/saferith=-race=false
 # Sweeps of the HSM, one goroutine each, which log in again and again: by themselves and
-# without the race detector, which makes each login five times slower.
+# without the race detector, which makes each login five times slower, and each start of
+# the helper process too. make soak has the detector on for both.
 SWEEPS   = ^Test(FaultAtEachCall|FaultThatStays|ATokenThatLies|SessionsLostAtEachCall|TokenGone|OddGCM|KillIn(Epochs|SetRoot|Provision)|Crash(InSetRoot|UponCrash)|Conformance(OfWhatIsLeft|ByName|NSS))$$
 
 .PHONY: help deps build demo story test check bench fuzz soak clean generate
@@ -33,8 +34,9 @@ story: deps ## run one story and print each step as it happens: make story NAME=
 	@$(GO) run ./testenv/story $(NAME)
 
 test: deps check ## all tests
-	$(GO) test $(RACE) -count=1 -timeout 20m -skip '$(SWEEPS)' $$($(GO) list ./... | grep -v /agent$$) # -count=1: results of tests that build and run the binaries must not be kept
+	$(GO) test $(RACE) -count=1 -timeout 20m -skip '$(SWEEPS)' $$($(GO) list ./... | grep -v -e /agent$$ -e /hsm/helper$$) # -count=1: results of tests that build and run the binaries must not be kept
 	$(GO) test -count=1 -timeout 20m -run '$(SWEEPS)' ./hsm
+	$(GO) test -count=1 -timeout 20m ./hsm/helper
 	$(GO) test $(RACE) -count=1 -timeout 20m ./agent # by itself: its hosts presign at low priority
 	CGO_ENABLED=0 $(GO) build -o /dev/null ./cmd/conseald
 	CGO_ENABLED=0 $(GO) build -o /dev/null ./cmd/conseal
@@ -56,6 +58,7 @@ soak: deps ## the crash tests many times over, two minutes of all schemes at onc
 	$(GO) test -count=1 -timeout 2h -run 'Random|NoPresignatureTwice|AllSchemesAtOnce' -v ./agent -soak
 	$(GO) test -count=1 -timeout 2h -run 'ManyUses|Killed' -v ./tpm -soak
 	$(GO) test -count=1 -timeout 2h -run 'Kill|Fault|SessionsLost|TokenGone' -v ./hsm -soak
+	$(GO) test $(RACE) -count=1 -timeout 2h ./hsm ./hsm/helper
 
 generate: ## make the code of the .proto files again
 	$(GO) generate ./agent/api

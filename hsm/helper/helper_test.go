@@ -134,6 +134,24 @@ func until(t *testing.T, what string, holds func() bool) {
 	}
 }
 
+// stop holds a helper up, and waits until none of its threads runs: a signal takes its
+// time.
+func stop(t *testing.T, pid int) {
+	t.Helper()
+	must(t, unix.Kill(pid, unix.SIGSTOP))
+	until(t, "the helper has stopped", func() bool {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		must(t, err)
+		for _, thread := range threads {
+			b, err := os.ReadFile(thread)
+			if fields := string(b[bytes.LastIndexByte(b, ')')+1:]); err != nil || !strings.HasPrefix(fields, " T") {
+				return false
+			}
+		}
+		return len(threads) > 0
+	})
+}
+
 func gone(pid int) bool { return errors.Is(unix.Kill(pid, 0), unix.ESRCH) }
 
 func TestConformance(t *testing.T) {
@@ -252,7 +270,7 @@ func TestACrashIsNotNoticed(t *testing.T) {
 	must(t, err)
 	for _, signal := range []unix.Signal{unix.SIGKILL, unix.SIGSEGV, unix.SIGABRT} {
 		pid := theHelper(t)
-		must(t, unix.Kill(pid, unix.SIGSTOP))
+		stop(t, pid)
 		var wg sync.WaitGroup
 		for range 3 {
 			wg.Go(func() {
@@ -289,7 +307,7 @@ func TestAHangEndsAtItsDeadline(t *testing.T) {
 	cfg.Timeout = 2 * time.Second
 	h = open(t, cfg)
 	pid := theHelper(t)
-	must(t, unix.Kill(pid, unix.SIGSTOP))
+	stop(t, pid)
 	var wg sync.WaitGroup
 	wg.Go(func() { // may take three times as long
 		if got, err := h.Root(t.Context()); err != nil || !got.Equal(root) {
@@ -314,7 +332,7 @@ func TestAContextEndsTheWaitOnly(t *testing.T) {
 	must(t, err)
 	h := open(t, cfg)
 	pid := theHelper(t)
-	must(t, unix.Kill(pid, unix.SIGSTOP))
+	stop(t, pid)
 	for _, want := range []string{"sealing: context deadline exceeded", "waiting for one of 1 sessions"} {
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 		_, _, err := h.Seal(ctx, "k")
@@ -337,7 +355,7 @@ func TestSetRootIsNotRepeated(t *testing.T) {
 	old, next := secret.Random(32), secret.Random(32)
 	must(t, h.SetRoot(t.Context(), old))
 	pid := theHelper(t)
-	must(t, unix.Kill(pid, unix.SIGSTOP))
+	stop(t, pid)
 	failed := make(chan error, 1)
 	go func() { failed <- h.SetRoot(t.Context(), next) }()
 	until(t, "it is under way", func() bool { return h.Pending() == 1 })
@@ -360,7 +378,7 @@ func TestARootThatWasReadStays(t *testing.T) {
 	must(t, h.SetRoot(t.Context(), secret.Random(32)))
 	pid := theHelper(t)
 	for range 30 {
-		must(t, unix.Kill(pid, unix.SIGSTOP))
+		stop(t, pid)
 		ctx, cancel := context.WithCancel(t.Context())
 		left := make(chan error, 1)
 		go func() { left <- h.SetRoot(ctx, secret.Random(32)) }()
