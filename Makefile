@@ -48,8 +48,8 @@ check: ## format, vet, staticcheck (the import table is a test)
 	CGO_ENABLED=0 $(GO) vet ./cmd/... ./hsm/...
 	$(GO) tool staticcheck ./...
 
-bench: deps ## measure, one figure a line: bench NAME VALUE UNIT
-	@$(GO) run ./testenv/bench
+bench: deps ## measure, one figure a line: bench NAME VALUE UNIT; the TPM and HSM alone: make bench ONLY=hardware
+	@$(GO) run ./testenv/bench $(ONLY)
 
 fuzz: ## fuzz every decoder, FUZZTIME each (default 1m): make fuzz FUZZ=protocol/cmp FUZZTIME=10m
 	@./internal/fuzz.sh $(or $(FUZZTIME),1m) $(FUZZ)

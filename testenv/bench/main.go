@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -31,7 +32,7 @@ func main() {
 		os.Exit(helper.Main())
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
-	err := run(ctx)
+	err := run(ctx, strings.Join(os.Args[1:], " "))
 	stop()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -39,7 +40,15 @@ func main() {
 	}
 }
 
-func run(ctx context.Context) error {
+// run measures all, or only the operations of the "hardware".
+func run(ctx context.Context, only string) error {
+	switch only {
+	case "":
+	case "hardware":
+		return errors.Join(tpmOperations(ctx), hsmOperations(ctx))
+	default:
+		return fmt.Errorf("%q is not measured by itself: only \"hardware\" is", only)
+	}
 	bin, err := testenv.Build(ctx)
 	if err != nil {
 		return err
