@@ -37,7 +37,7 @@ test: deps check ## all tests
 	$(GO) test $(RACE) -count=1 -timeout 20m -skip '$(SWEEPS)' $$($(GO) list ./... | grep -v -e /agent$$ -e /hsm/helper$$) # -count=1: results of tests that build and run the binaries must not be kept
 	$(GO) test -count=1 -timeout 20m -run '$(SWEEPS)' ./hsm
 	$(GO) test -count=1 -timeout 20m ./hsm/helper
-	$(GO) test $(RACE) -count=1 -timeout 20m ./agent # by itself: its hosts presign at low priority
+	$(GO) test $(RACE) -count=1 -timeout 45m ./agent # by itself: its hosts presign at low priority
 	CGO_ENABLED=0 $(GO) build -o /dev/null ./cmd/conseald
 	CGO_ENABLED=0 $(GO) build -o /dev/null ./cmd/conseal
 
