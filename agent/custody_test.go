@@ -343,6 +343,7 @@ func TestSlowHardwareStopsNoOtherKey(t *testing.T) {
 	}
 	asked, answer := make(chan struct{}, 1), make(chan struct{})
 	alpha := l.hosts["alpha"]
+	l.until("alpha knows who has the other key", func() bool { return len(alpha.agent.keys["other"].live("alpha")) == 3 })
 	alpha.protector.mu.Lock()
 	alpha.protector.onOpen = func(string) error {
 		asked <- struct{}{}

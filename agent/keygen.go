@@ -37,6 +37,10 @@ func (r *retry) fail(err error) {
 // number of an epoch, so that nobody uses the numbers up.
 const maxJump = 1000
 
+// stagingTime is what the other holders get to stage their shares, after this host has
+// staged its own, before it takes the attempt for lost and starts another.
+const stagingTime = time.Second
+
 var errSuperseded = errors.New("another attempt took its place")
 
 // callOff ends a key generation that is under way here, if any.
@@ -81,6 +85,12 @@ func (a *Agent) generate(ctx context.Context, k *key, n vault.Number) {
 	a.tasks.Go(func() {
 		defer k.birth.Unlock()
 		err := a.lead(ctx, k, n)
+		if err == nil {
+			k.mu.Lock()
+			k.retry.after = time.Now().Add(stagingTime)
+			time.AfterFunc(stagingTime, a.nudge)
+			k.mu.Unlock()
+		}
 		if err != nil && !errors.Is(err, errSuperseded) {
 			k.mu.Lock()
 			k.retry.fail(err)
