@@ -1,0 +1,75 @@
+//go:build cgo
+
+package hsm_test
+
+import (
+	"errors"
+	"os"
+	"slices"
+	"testing"
+
+	"github.com/miekg/pkcs11"
+
+	"conseal/hsm"
+	"conseal/internal/secret"
+	"conseal/testenv"
+)
+
+// TestACloneInTheMiddle is a copied machine with the same name, token and state folder,
+// that changes the root while this one does: the token has one root that was given out
+// then, and the loser of the race must not destroy its key.
+func TestACloneInTheMiddle(t *testing.T) {
+	h, cfg := newHost(t)
+	setRoot(t, h)
+	clone := cfg
+	clone.StateDir = t.TempDir()
+	if err := errors.Join(os.Chmod(clone.StateDir, 0o700), os.CopyFS(clone.StateDir, os.DirFS(cfg.StateDir))); err != nil {
+		t.Fatal(err)
+	}
+	other := open(t, clone)
+	root := secret.Random(32)
+	ours, theirs := h.StepsOfSetRoot(root), other.StepsOfSetRoot(secret.Random(32))
+	last := hsm.RootSteps - 1
+	for _, step := range slices.Concat(ours[:1], theirs[:last], ours[1:]) { // both plan the same generation
+		if err := step(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	err := theirs[last](t.Context())
+	if !errors.Is(err, hsm.ErrLost) {
+		t.Errorf("the clone's change: %v", err)
+	}
+	if _, err := other.Root(t.Context()); !errors.Is(err, hsm.ErrStale) {
+		t.Errorf("the clone's root: %v", err)
+	}
+	wantRoot(t, h, root)
+}
+
+// TestARootThatWasGivenStays: the token fails twice at the newer root of a SetRoot that
+// was interrupted, so that the older one is given out, and the vault goes on with that.
+// What the token would say later must not take it away.
+func TestARootThatWasGivenStays(t *testing.T) {
+	f := newFaulty(t)
+	f.h = provision(t, f.cfg)
+	old := setRoot(t, f.h)
+	if err := f.h.CrashInSetRoot(t.Context(), secret.Random(32), hsm.RootSteps-1); err != nil {
+		t.Fatal(err)
+	}
+	// Each try of the root fails, and the three of the key's self-test in between do not.
+	first := f.set("C_DecryptInit", testenv.ReturnValue, pkcs11.CKR_GENERAL_ERROR, 1, 0)
+	second := f.set("C_DecryptInit", testenv.ReturnValue, pkcs11.CKR_GENERAL_ERROR, 1, 3)
+	wantRoot(t, f.h, old)
+	if n, err := f.Hits(second); n != 1 || err != nil {
+		t.Errorf("the second fault struck %d times, %v", n, err)
+	}
+	f.end(first, "not authentic")
+	for range 2 {
+		wantRoot(t, f.h, old)
+	}
+	wantRoot(t, open(t, f.cfg), old)
+	last := setRoot(t, f.h)
+	wantRoot(t, open(t, f.cfg), last)
+	if n := rootKeys(t, f.h); n != 1 {
+		t.Errorf("%d root keys", n)
+	}
+}
