@@ -3,9 +3,11 @@
 package hsm_test
 
 import (
+	"context"
 	"errors"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/miekg/pkcs11"
@@ -71,5 +73,55 @@ func TestARootThatWasGivenStays(t *testing.T) {
 	wantRoot(t, open(t, f.cfg), last)
 	if n := rootKeys(t, f.h); n != 1 {
 		t.Errorf("%d root keys", n)
+	}
+}
+
+// TestAnotherTokenInItsPlace is a token of the same label that was wiped, or a sentinel
+// that somebody destroyed: provisioning would make keys under old names there, and hide
+// the loss; withdrawing would say that all is gone while it is in the real one.
+func TestAnotherTokenInItsPlace(t *testing.T) {
+	h, cfg := newHost(t)
+	setRoot(t, h)
+	blank := cfg
+	blank.URI = newToken(t).URI
+	for what, do := range map[string]func(context.Context, hsm.Config) (hsm.Provisioned, error){"provisioning": hsm.Provision, "withdrawing": hsm.Withdraw} {
+		if p, err := do(t.Context(), blank); hsm.ClassOf(err) != hsm.ClassToken || len(p.Steps) != 0 || !strings.Contains(err.Error(), "empty that folder") {
+			t.Errorf("%s in another token: %v, %v", what, p, err)
+		}
+	}
+	destroy(t, h, "conseal/web1/sentinel")
+	for what, do := range map[string]func(context.Context, hsm.Config) (hsm.Provisioned, error){"provisioning": hsm.Provision, "withdrawing": hsm.Withdraw} {
+		before := objects(t, h)
+		if _, err := do(t.Context(), cfg); hsm.ClassOf(err) != hsm.ClassToken || before == 0 || objects(t, h) != before {
+			t.Errorf("%s without the sentinel: %v", what, err)
+		}
+	}
+	if err := errors.Join(os.RemoveAll(cfg.StateDir), os.Mkdir(cfg.StateDir, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // as the error says
+		if _, err := hsm.Withdraw(t.Context(), cfg); err != nil {
+			t.Error(err)
+		}
+	}
+	if n := objects(t, h); n != 0 {
+		t.Errorf("%d objects are left", n)
+	}
+}
+
+// TestWithdrawTakesCopiesToo: a second token was copied with the first's root key, which
+// opens that one's roots.
+func TestWithdrawTakesCopiesToo(t *testing.T) {
+	h, cfg := newHost(t)
+	setRoot(t, h)
+	cfg.Second, cfg.StateDir = true, t.TempDir()
+	if err := os.Chmod(cfg.StateDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := hsm.Withdraw(t.Context(), cfg); err != nil {
+		t.Fatal(err)
+	}
+	if n := objects(t, h); n != 0 {
+		t.Errorf("%d objects are left", n)
 	}
 }

@@ -40,6 +40,11 @@ func (h *HSM) FailInSetRoot(ctx context.Context, next *secret.Bytes, n int) erro
 	return nil
 }
 
+// StepsOfSetRoot are the steps of one SetRoot, for others to happen between them.
+func (h *HSM) StepsOfSetRoot(next *secret.Bytes) []func(context.Context) error {
+	return (&rootChange{h: h, next: next}).steps()
+}
+
 // RootKeys counts the root keys in the token.
 func (h *HSM) RootKeys(ctx context.Context) (int, error) {
 	keys, err := h.rootKeys(ctx)

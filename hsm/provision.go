@@ -7,8 +7,13 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
 
 	"github.com/miekg/pkcs11"
+
+	"conseal/internal/disk"
 )
 
 // Provision makes what a host needs in its token, unless it is there already: the
@@ -21,7 +26,8 @@ import (
 // nothing: a new key under an old name would hide the loss. If a key is there and
 // does not work, and the sentinel is not there, Provision was interrupted while the
 // token made it: then it is made again, for [Open] never let anybody use it.
-// In the second of two tokens it makes no key: see [Config.Second].
+// In the second of two tokens it makes no key: see [Config.Second]. If the state folder has
+// a root and the token does not show the sentinel, it makes nothing either.
 func Provision(ctx context.Context, cfg Config) (Provisioned, error) {
 	h, err := connect(ctx, cfg)
 	if err != nil {
@@ -29,6 +35,9 @@ func Provision(ctx context.Context, cfg Config) (Provisioned, error) {
 	}
 	defer h.Close()
 	p := Provisioned{Token: h.uri.path()}
+	if err := h.rightToken(ctx); err != nil {
+		return p, fmt.Errorf("hsm: provisioning %s: %w", h.Name(), err)
+	}
 	for _, o := range h.objects() {
 		step := Step{Object: o.name + " " + label(cfg.Name, o.what)}
 		if step.Done, err = h.ensure(ctx, o); err != nil {
@@ -37,6 +46,19 @@ func Provision(ctx context.Context, cfg Config) (Provisioned, error) {
 		p.Steps = append(p.Steps, step)
 	}
 	return p, nil
+}
+
+// rightToken is nil unless the state folder has a root, of this host in some token, and
+// this one does not show the sentinel: a token in its place, or one whose storage is away.
+func (h *HSM) rightToken(ctx context.Context) error {
+	files, err := readRootFiles(h.cfg.StateDir)
+	if err != nil || !slices.ContainsFunc(files, func(f rootFile) bool { return !f.plan() }) {
+		return err
+	}
+	if err = h.do(ctx, (*session).sentinel); err != nil {
+		err = fmt.Errorf("%s has a root of this host's, so its keys must be in the token: %w; if they are gone for good, empty that folder and do this again", h.cfg.StateDir, err)
+	}
+	return err
 }
 
 // object is something that a host needs in its token.
@@ -175,8 +197,10 @@ func (s *session) makeData() error {
 }
 
 // Withdraw destroys what [Provision] and SetRoot made in the token: objects with this
-// host's labels, and no others; keys of somebody else stay. The sentinel goes last. It may
-// be repeated.
+// host's labels, and no others; keys of somebody else stay. A copy of the other token's root
+// keys goes as well. The sentinel goes last, after the wrapped roots in the state folder: while
+// those are there and the sentinel is not, this is not the token that is meant, and Withdraw
+// fails. It may be repeated.
 func Withdraw(ctx context.Context, cfg Config) (Provisioned, error) {
 	h, err := connect(ctx, cfg)
 	if err != nil {
@@ -184,14 +208,38 @@ func Withdraw(ctx context.Context, cfg Config) (Provisioned, error) {
 	}
 	defer h.Close()
 	p := Provisioned{Token: h.uri.path()}
-	for _, what := range []string{cfg.rootName(), "wrap", "identity", "sentinel"} {
+	fail := func(what string, err error) (Provisioned, error) {
+		return p, fmt.Errorf("hsm: withdrawing from %s: %s%w", h.Name(), what, err)
+	}
+	if err := h.rightToken(ctx); err != nil {
+		return fail("", err)
+	}
+	for _, what := range []string{cfg.rootName(), cfg.otherRootName(), "wrap", "identity", "sentinel"} {
+		if what == "sentinel" {
+			if err := h.removeRootFiles(); err != nil {
+				return fail("", err)
+			}
+		}
 		step := Step{Object: label(cfg.Name, what)}
 		if step.Done, err = h.withdraw(ctx, step.Object); err != nil {
-			return p, fmt.Errorf("hsm: withdrawing from %s: %s: %w", h.Name(), step.Object, err)
+			return fail(step.Object+": ", err)
 		}
 		p.Steps = append(p.Steps, step)
 	}
 	return p, nil
+}
+
+func (h *HSM) removeRootFiles() error {
+	files, err := readRootFiles(h.cfg.StateDir)
+	for _, f := range files {
+		if err == nil {
+			err = os.Remove(filepath.Join(h.cfg.StateDir, rootFileName(f.generation)))
+		}
+	}
+	if err == nil {
+		err = disk.Sync(h.cfg.StateDir)
+	}
+	return err
 }
 
 // withdraw destroys all objects of a label, sees that they are gone, and says what it

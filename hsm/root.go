@@ -46,6 +46,9 @@ import (
 //     steps 5 and 6 are done first, so that no root is given out while an older one
 //     can be had. Hence while the key of g exists and its file opens, no later root
 //     was ever given out, and keys above g are left from SetRoots that never were.
+//   - A newer file that did not open is set aside, as hsm-root.<g>.refused, before an
+//     older root is given out: it may open another time, and the vault does not write
+//     for two roots.
 //   - A key above the root is never destroyed, whatever it is, except by a later
 //     SetRoot, which goes above it.
 //   - If there are files and none opens, the state folder is not the one that
@@ -95,6 +98,9 @@ func (h *HSM) Root(ctx context.Context) (*secret.Bytes, error) {
 	h.rootMu.Lock()
 	defer h.rootMu.Unlock()
 	st, err := h.survey(ctx)
+	if err == nil {
+		err = h.setAside(st)
+	}
 	if err == nil && st.leftovers() {
 		err = h.finish(ctx, st.key)
 	}
@@ -263,6 +269,20 @@ func (st rootState) leftovers() bool {
 		slices.ContainsFunc(st.files, func(f rootFile) bool { return f.generation < st.key.generation() })
 }
 
+// setAside takes newer files than the root's out of the way.
+func (h *HSM) setAside(st rootState) error {
+	for _, f := range st.files {
+		if f.generation <= st.key.generation() || f.plan() {
+			continue
+		}
+		path := filepath.Join(h.cfg.StateDir, rootFileName(f.generation))
+		if err := errors.Join(os.Rename(path, path+".refused"), disk.Sync(h.cfg.StateDir)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // older tells whether a key must go once root is the root's key.
 func older(k, root keyID) bool { return k != root && k.generation() <= root.generation() }
 
@@ -285,11 +305,11 @@ func (h *HSM) finish(ctx context.Context, root keyID) error {
 	return err
 }
 
-// destroyOlder destroys the older root keys and sees that they are gone, and that
-// the root's is not.
+// destroyOlder destroys the older root keys and sees that they are gone. It destroys
+// none while the root's own is not there, and sees that it still is.
 func (h *HSM) destroyOlder(ctx context.Context, root keyID) error {
 	return h.change(ctx, func(s *session) error {
-		keys, err := s.rootKeys()
+		keys, err := s.rootKeysWith(root)
 		if err != nil {
 			return err
 		}
@@ -300,11 +320,8 @@ func (h *HSM) destroyOlder(ctx context.Context, root keyID) error {
 				}
 			}
 		}
-		if keys, err = s.rootKeys(); err != nil {
+		if keys, err = s.rootKeysWith(root); err != nil {
 			return err
-		}
-		if !slices.ContainsFunc(keys, func(k rootKey) bool { return k.id == root }) {
-			return fmt.Errorf("%s of generation %d: %w", s.label(s.cfg.rootName()), root.generation(), ErrLost)
 		}
 		if slices.ContainsFunc(keys, func(k rootKey) bool { return older(k.id, root) }) {
 			return &Error{Class: ClassPolicy, What: "an older root key is still in the token after it was destroyed"}
@@ -343,6 +360,15 @@ func (s *session) rootKeys() ([]rootKey, error) {
 	}
 	slices.SortFunc(keys, func(a, b rootKey) int { return slices.Compare(a.id[:], b.id[:]) })
 	return keys, nil
+}
+
+// rootKeysWith gives all root keys, if the root's is among them.
+func (s *session) rootKeysWith(root keyID) ([]rootKey, error) {
+	keys, err := s.rootKeys()
+	if err == nil && !slices.ContainsFunc(keys, func(k rootKey) bool { return k.id == root }) {
+		err = fmt.Errorf("%s of generation %d: %w", s.label(s.cfg.rootName()), root.generation(), ErrLost)
+	}
+	return keys, err
 }
 
 // noCopies is nil if no root key of the other one of two tokens is in this one: there it

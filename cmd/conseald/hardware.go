@@ -75,6 +75,9 @@ type token interface {
 }
 
 func openToken(ctx context.Context, c *config.Host, log *slog.Logger) (token, error) {
+	if err := secondNamed(c); err != nil {
+		return nil, err
+	}
 	if c.Protector.HSM.SecondURI == "" {
 		return helper.Open(ctx, hsmConfig(c, log))
 	}
@@ -126,6 +129,19 @@ func secondConfig(c *config.Host, log *slog.Logger) helper.Config {
 		cfg.HSM.PINSource = m.SecondPIN // wins over the URI's, unless it is empty
 	}
 	return cfg
+}
+
+// secondNamed is nil unless this host had a root in a second token that its configuration
+// names no more: that keeps the root of the day, whatever becomes of it in the first.
+func secondNamed(c *config.Host) error {
+	if c.Protector.HSM.SecondURI != "" {
+		return nil
+	}
+	roots, err := filepath.Glob(filepath.Join(secondFolder(c), "hsm-root.*"))
+	if err == nil && len(roots) > 0 {
+		err = fmt.Errorf("protector.hsm.second_uri is empty, and %s has a root of a second token, which would stay in it: put second_uri back; or destroy conseal/%s/root-second in that token and remove the folder", secondFolder(c), c.Name)
+	}
+	return err
 }
 
 func hsmFolder(c *config.Host) string    { return filepath.Join(c.State, "hsm") }

@@ -137,6 +137,9 @@ func provision(ctx context.Context, c *config.Host, ownLockout string) ([]string
 // eachToken provisions the host's tokens, or withdraws from them, and returns the steps
 // in words.
 func eachToken(ctx context.Context, c *config.Host, do func(context.Context, helper.Config) (hsm.Provisioned, error)) (steps []string, err error) {
+	if err := secondNamed(c); err != nil {
+		return nil, err
+	}
 	log := logger(c, os.Stderr)
 	tokens := []helper.Config{hsmConfig(c, log)}
 	if c.Protector.HSM.SecondURI != "" {

@@ -94,15 +94,21 @@ func TestUndoTouchesNothingElse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	write := func(from, to string) {
+	write := func(replaced ...string) {
 		t.Helper()
-		if err := os.WriteFile(conf, []byte(strings.ReplaceAll(string(text), from, to)), 0o600); err != nil {
+		if err := os.WriteFile(conf, []byte(strings.NewReplacer(replaced...).Replace(string(text))), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
 	write(h.token.Module, "/usr/lib/none.so")
 	h.fails(t, []string{"init", "--undo", "--confirm", "alpha"}, "/usr/lib/none.so")
-	write("'alpha'", "'beta'")
+	write("'alpha'", "'beta'") // this folder is alpha's
+	h.fails(t, []string{"init", "--undo", "--confirm", "beta"}, "object conseal/beta/sentinel is not in the token", "empty that folder")
+	h.fails(t, []string{"init"}, "object conseal/beta/sentinel is not in the token")
+	if _, err := os.Stat(filepath.Join(h.state(), "vault", "class-held.sealed")); err != nil {
+		t.Errorf("alpha's vault: %v", err)
+	}
+	write("'alpha'", "'beta'", h.state(), h.state()+"-of-beta")
 	h.must(t, []string{"init", "--undo", "--confirm", "beta"}, "conseal/beta/wrap: not there")
 	if left := h.objects(t); len(left) != 5 {
 		t.Errorf("%d objects of the other host are left, want 5: %q", len(left), left)
@@ -148,6 +154,11 @@ func TestInitWithTwoTokens(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.must(t, []string{"clear-pin-latch"})
+	h.configure(t) // the second is forgotten, and has the root
+	for _, args := range [][]string{{"init"}, {"init", "--undo", "--confirm", "alpha"}} {
+		h.fails(t, args, "second_uri is empty", "conseal/alpha/root-second")
+	}
+	h.configure(t, fmt.Sprintf("second_uri = %q", second.URI))
 
 	h.fails(t, []string{"init", "--undo"}, "for good", "--confirm alpha")
 	gone := []string{"conseal/alpha/identity: destroyed, 2 of them", "conseal/alpha/root: destroyed, 1 of them", "conseal/alpha/root-second: destroyed, 1 of them", "/vault: removed", "/hsm: removed", "/hsm-second: removed"}
