@@ -64,8 +64,15 @@ type Pair struct {
 
 	rootMu sync.Mutex // one Root or SetRoot at a time; taken before mu
 
-	mu      sync.Mutex // guards the sides' state and what follows
-	matched bool       // both were there at one time, and have the same keys
+	mu    sync.Mutex // guards the sides' state
+	proof *proof     // of the token that was there first; join's
+}
+
+// proof is by what a token shows that its keys are the other one's, also if that is away.
+type proof struct {
+	public crypto.PublicKey // the identity's
+	key    *secret.Bytes    // thrown away, and sealed by the wrapping key
+	blob   []byte
 }
 
 // side is one of the two tokens.
@@ -113,6 +120,9 @@ func (p *Pair) Close() {
 			s.h.Close()
 		}
 	}
+	if p.proof != nil {
+		p.proof.key.Wipe()
+	}
 }
 
 // join takes a token into use that works and has the same keys as the other one.
@@ -128,7 +138,7 @@ func (p *Pair) join(ctx context.Context, s *side) (err error) {
 		signer, err = h.Identity(ctx)
 	}
 	if err == nil {
-		err = p.match(ctx, s, h, signer)
+		err = p.match(ctx, h, signer)
 	}
 	if err != nil && !known && h != nil {
 		h.Close()
@@ -145,33 +155,25 @@ func (p *Pair) join(ctx context.Context, s *side) (err error) {
 	return s.away
 }
 
-// match compares a token's keys with the other one's, if that is there and it was not
-// done before.
-func (p *Pair) match(ctx context.Context, s *side, h *HSM, signer crypto.Signer) error {
-	p.mu.Lock()
-	o := *p.other(s)
-	matched := p.matched
-	p.mu.Unlock()
-	if matched || o.away != nil {
-		return nil
-	}
-	if !signer.Public().(*ecdsa.PublicKey).Equal(o.signer.Public()) {
-		return mismatch("identity")
-	}
+// match compares a token's keys with those of the token that was there first. Only one
+// join runs at a time.
+func (p *Pair) match(ctx context.Context, h *HSM, signer crypto.Signer) error {
 	const id = "conseal pair v1"
-	want, blob, err := h.Seal(ctx, id)
-	if err != nil {
+	if p.proof == nil {
+		key, blob, err := h.Seal(ctx, id)
+		if err == nil {
+			p.proof = &proof{signer.Public(), key, blob}
+		}
 		return err
 	}
-	defer want.Wipe()
-	got, err := o.h.Open(ctx, id, blob)
-	if hsm.ClassOf(err) == hsm.ClassData || err == nil && !got.Equal(want) {
+	if !signer.Public().(*ecdsa.PublicKey).Equal(p.proof.public) {
+		return mismatch("identity")
+	}
+	got, err := h.Open(ctx, id, p.proof.blob)
+	if hsm.ClassOf(err) == hsm.ClassData || err == nil && !got.Equal(p.proof.key) {
 		err = mismatch("wrapping")
 	}
 	got.Wipe()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.matched = err == nil
 	return err
 }
 
@@ -482,10 +484,12 @@ func (p *Pair) agree(ctx context.Context, first, second *secret.Bytes, none erro
 		err = to.h.SetRoot(ctx, root)
 	case second == nil: // the same
 		err = to.h.SetRoot(ctx, root)
+	case !first.Equal(second) && !p.pending(): // the newer one must not make way for the older
+		first.Wipe()
+		second.Wipe()
+		return nil, &hsm.Error{Class: hsm.ClassPolicy, What: "hsm: the two tokens have different roots, and no change was under way: one was put back from an old copy, with its folder, or was used alone. Find out which; destroy its root keys, empty its folder and run conseald init"}
 	case !first.Equal(second):
-		if err = p.mark(); err == nil { // the mark may have been lost
-			err = to.h.SetRoot(ctx, root)
-		}
+		err = to.h.SetRoot(ctx, root)
 		second.Wipe()
 	default:
 		second.Wipe()

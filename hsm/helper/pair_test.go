@@ -260,11 +260,69 @@ func TestAnInterruptedChangeNeedsBoth(t *testing.T) {
 	}
 	wantAlone(t, p.cfg.First, newer)
 	wantAlone(t, p.cfg.Second, newer)
+}
 
-	// The mark is lost: the first's root counts all the same.
-	older, newer = newer, secret.Random(32)
-	setAlone(t, p.cfg.First, newer)
+// TestAnOldCopyDoesNotWin puts the first token back as it was yesterday, with its folder:
+// the root that the second has alone is what the host's shares hang on.
+func TestAnOldCopyDoesNotWin(t *testing.T) {
+	p := newPair(t)
+	h := p.open(t)
+	older, newer := secret.Random(32), secret.Random(32)
+	must(t, h.SetRoot(t.Context(), older))
+	yesterday, err := p.first.Copy()
+	must(t, err)
+	folder := t.TempDir()
+	must(t, os.Chmod(folder, 0o700))
+	must(t, os.CopyFS(folder, os.DirFS(p.cfg.First.HSM.StateDir)))
+	must(t, h.SetRoot(t.Context(), newer))
+	h.Close()
+
+	now := p.cfg.First
+	p.cfg.First = p.config(t, yesterday, false)
+	p.cfg.First.HSM.StateDir = folder
+	wantAlone(t, p.cfg.First, older)
+	h = p.open(t)
+	refused := func(what string, err error) {
+		t.Helper()
+		if hsm.ClassOf(err) != hsm.ClassPolicy || !strings.Contains(err.Error(), "different roots") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	_, err = h.Root(t.Context())
+	refused("root", err)
+	refused("settling", h.Settle(t.Context()))
+	refused("setting the root", h.SetRoot(t.Context(), secret.Random(32)))
+	h.Close()
+	wantAlone(t, p.cfg.Second, newer)
+	p.cfg.First = now
 	wantRoot(t, p.open(t), newer)
+}
+
+// TestAStrangerWhileTheOtherIsAway: there is nothing to compare its keys with at that
+// moment, and it must not seal or sign for the host all the same.
+func TestAStrangerWhileTheOtherIsAway(t *testing.T) {
+	p := newPair(t)
+	stranger, err := testenv.NewToken(t.Context(), tokenDir)
+	must(t, err)
+	p.cfg.First = p.config(t, stranger, false)
+	_, err = helper.Provision(t.Context(), p.cfg.First)
+	must(t, err)
+	back := take(t, stranger)
+	h := p.open(t)
+	_, _, err = h.Seal(t.Context(), "k")
+	must(t, err)
+	defer take(t, p.second)()
+	if _, _, err := h.Seal(t.Context(), "k"); hsm.ClassOf(err) != hsm.ClassToken {
+		t.Errorf("without both: %v", err)
+	}
+	back()
+	until(t, "the stranger was looked at", func() bool {
+		err := h.Settle(t.Context())
+		return err != nil && (strings.Contains(err.Error(), "identity key is not that of") || strings.HasSuffix(h.Name(), "(first of two, the second is away)"))
+	})
+	if _, _, err := h.Seal(t.Context(), "k"); hsm.ClassOf(err) != hsm.ClassToken {
+		t.Errorf("the stranger sealed for the host: %v", err)
+	}
 }
 
 // rootsMain is an agent with two tokens that sets roots, and says which before and after.
