@@ -38,7 +38,7 @@ type HSM struct {
 
 // launch is the start of a helper, for which several calls may wait.
 type launch struct {
-	done chan struct{} // closed once err is set
+	done chan struct{} // closed once err is set, and the helper is gone if the HSM is closed
 	err  error
 }
 
@@ -74,13 +74,18 @@ func Open(ctx context.Context, cfg Config) (*HSM, error) {
 	return h, nil
 }
 
-// Close lets the helper finish what it does and ends it.
+// Close lets the helper finish what it does and ends it. One that opens the token is waited
+// for: this process may end next, and the helper with it, inside the login.
 func (h *HSM) Close() {
 	h.mu.Lock()
 	closed, p, l := h.closed, h.process, h.launch
 	h.closed = true
 	h.mu.Unlock()
-	if closed || l != nil { // start sees that it is closed
+	if closed {
+		return
+	}
+	if l != nil { // start sees that it is closed
+		<-l.done
 		return
 	}
 	if p != nil {
@@ -209,13 +214,13 @@ func (h *HSM) start(l *launch) {
 	}
 	closed := h.closed
 	h.mu.Unlock()
-	close(l.done)
 	if closed {
 		if p != nil {
 			p.stop(stopTime)
 		}
 		h.lock.Close()
 	}
+	close(l.done)
 }
 
 // useless counts a helper that did not open the token. The caller holds mu.

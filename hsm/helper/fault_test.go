@@ -3,7 +3,11 @@
 package helper_test
 
 import (
+	"context"
 	"crypto"
+	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -14,16 +18,50 @@ import (
 	"conseal/testenv"
 )
 
-// TestAModuleThatFails has the library itself crash, abort, hang or wait, at a call of each
-// operation: the agent lives, what may be repeated comes, and nothing is lost.
-func TestAModuleThatFails(t *testing.T) {
+// newFaulty is a host that was not provisioned, behind a module that can fail.
+func newFaulty(t *testing.T) (helper.Config, *testenv.FaultModule) {
+	t.Helper()
 	cfg := newConfig(t)
 	uri, err := hsm.ParseURI(cfg.HSM.URI)
 	must(t, err)
 	m, err := testenv.NewFaultModule(t.Context(), t.TempDir(), uri.ModulePath)
 	must(t, err)
 	cfg.HSM.URI = strings.Replace(cfg.HSM.URI, uri.ModulePath, m.Path, 1)
-	_, err = helper.Provision(t.Context(), cfg)
+	return cfg, m
+}
+
+// TestAStopDuringTheLogin: who stops an agent that starts must not find the PIN refused at
+// the next start, for the helper was killed with its PIN sent.
+func TestAStopDuringTheLogin(t *testing.T) {
+	cfg, m := newFaulty(t)
+	_, err := helper.Provision(t.Context(), cfg)
+	must(t, err)
+	latch := filepath.Join(cfg.HSM.StateDir, "hsm-pin.latch")
+	armed := func() bool { _, err := os.Stat(latch); return err == nil }
+	rule, err := m.Set(testenv.Fault{Call: "C_Login", Do: testenv.Slow, Value: 1000})
+	must(t, err)
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { _, err := helper.Open(ctx, cfg); done <- err }()
+	until(t, "it logs in", armed)
+	stop()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Errorf("opening: %v", err)
+	}
+	if left := children(t, os.Getpid()); armed() || len(left) != 0 {
+		t.Errorf("the PIN is sent and not judged: %t; helpers are left: %v", armed(), left)
+	}
+	if hits, err := m.Hits(rule); err != nil || hits != 1 {
+		t.Errorf("%d hits, %v", hits, err)
+	}
+	open(t, cfg)
+}
+
+// TestAModuleThatFails has the library itself crash, abort, hang or wait, at a call of each
+// operation: the agent lives, what may be repeated comes, and nothing is lost.
+func TestAModuleThatFails(t *testing.T) {
+	cfg, m := newFaulty(t)
+	_, err := helper.Provision(t.Context(), cfg)
 	must(t, err)
 	cfg.Timeout = 2 * time.Second
 	h := open(t, cfg)
