@@ -220,10 +220,21 @@ func (s *sweep) login(ctx context.Context) error {
 // provision makes the objects of another host.
 func (s *sweep) provision(ctx context.Context) error {
 	s.spare = "spare"
-	cfg := s.cfg
-	cfg.Name = s.spare
+	cfg := s.spareConfig()
 	_, err := hsm.Provision(ctx, cfg)
 	return err
+}
+
+// spareConfig is the other host's, with a state folder of its own.
+func (s *sweep) spareConfig() hsm.Config {
+	s.t.Helper()
+	cfg := s.cfg
+	cfg.Name = s.spare
+	cfg.StateDir += "-" + s.spare
+	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
+		s.t.Fatal(err)
+	}
+	return cfg
 }
 
 // settle sees that all is there and works once the fault is over.
@@ -241,8 +252,10 @@ func (s *sweep) settle(what string) {
 		}
 	}
 	if s.spare != "" {
-		cfg := s.cfg
-		cfg.Name = s.spare
+		cfg := s.spareConfig()
+		if err := hsm.ClearLatch(cfg.StateDir); err != nil {
+			s.t.Fatal(err)
+		}
 		works("provisioning again", func(ctx context.Context) error { _, err := hsm.Provision(ctx, cfg); return err })
 		works("what was provisioned", func(ctx context.Context) error {
 			h, err := hsm.Open(ctx, cfg)
