@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -123,5 +124,77 @@ func TestWithdrawTakesCopiesToo(t *testing.T) {
 	}
 	if n := objects(t, h); n != 0 {
 		t.Errorf("%d objects are left", n)
+	}
+}
+
+// TestWhoCanChooseTheModule: a library, a folder or a link on the way to it that another
+// user could change, under modes and owners that look harmless.
+func TestWhoCanChooseTheModule(t *testing.T) {
+	tok := newToken(t)
+	library, err := os.ReadFile(tok.Module)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	make := func(name string, mode os.FileMode) string {
+		path := filepath.Join(dir, name)
+		err := os.MkdirAll(filepath.Dir(path), 0o755)
+		if err := errors.Join(err, os.WriteFile(path, library, 0o700), os.Chmod(path, mode)); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	link := func(target, name string) string {
+		path := filepath.Join(dir, name)
+		err := os.MkdirAll(filepath.Dir(path), 0o755)
+		if err := errors.Join(err, os.Symlink(target, path)); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	good := make("good/module.so", 0o755)
+	open := link("../good", "open/folder") + "/module.so"
+	refused := map[string]string{
+		"a sticky file that all write to":    make("sticky.so", 0o777|os.ModeSticky),
+		"a link in a folder open to all":     open,
+		"a way over a link in such a folder": link(open, "link.so"),
+		"a link to itself":                   link("loop.so", "loop.so"),
+	}
+	if err := os.Chmod(filepath.Join(dir, "open"), 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if os.Geteuid() == 0 { // nobody else can give files away
+		others := map[string]string{
+			"another's sticky file":             make("others.so", 0o755|os.ModeSticky),
+			"a file in another's sticky folder": make("others/module.so", 0o755),
+			"another's link":                    link(good, "others-link.so"),
+		}
+		for what, path := range others {
+			refused[what] = path
+			if strings.HasSuffix(path, "/module.so") {
+				path = filepath.Dir(path)
+			}
+			err := os.Lchown(path, 65534, 65534)
+			if !strings.HasSuffix(path, "link.so") {
+				err = errors.Join(err, os.Chmod(path, 0o755|os.ModeSticky)) // chown took it
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	find := func(path string) error {
+		_, err := hsm.Open(t.Context(), hsm.Config{URI: "pkcs11:token=nobody?module-path=" + path, Name: "web1", StateDir: config(t, tok, "web1").StateDir, PINSource: "/none"})
+		return err
+	}
+	for what, path := range refused {
+		if err := find(path); err == nil || !strings.Contains(err.Error(), "hsm: module: ") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	for _, path := range []string{tok.Module, link(good, "fine.so"), link("fine.so", "fine-too.so"), filepath.Join(dir, "good/../good/module.so")} {
+		if err := find(path); hsm.ClassOf(err) != hsm.ClassToken { // it was loaded, and has no such token
+			t.Errorf("%s: %v", path, err)
+		}
 	}
 }

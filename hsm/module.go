@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"unsafe"
 
@@ -109,9 +110,12 @@ func realModule(path string, allowed []string) (string, error) {
 	if !filepath.IsAbs(path) {
 		return "", fmt.Errorf("hsm: module %q: the path must be absolute", path)
 	}
-	resolved, err := filepath.EvalSymlinks(path)
+	resolved, err := trustedPath(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("%w: install the vendor's PKCS#11 library or set module-path", err)
+	}
 	if err != nil {
-		return "", fmt.Errorf("hsm: module: %w: install the vendor's PKCS#11 library or set module-path", err)
+		return "", fmt.Errorf("hsm: module: %w", err)
 	}
 	same := func(other string) bool {
 		real, err := filepath.EvalSymlinks(other)
@@ -127,21 +131,43 @@ func realModule(path string, allowed []string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("hsm: module %s: %w", resolved, err)
 	}
-	return resolved, trustedPath(resolved)
+	return resolved, nil
 }
 
-// trustedPath checks a file and every folder above it.
-func trustedPath(path string) error {
-	for ; ; path = filepath.Dir(path) {
-		info, err := os.Stat(path)
-		if err == nil && info.Mode()&fs.ModeSticky == 0 { // in a sticky folder only owners rename
-			err = disk.Trusted(info, 0o022)
-		}
+// maxLinks is how many symbolic links the kernel follows (path_resolution(7)).
+const maxLinks = 40
+
+// trustedPath resolves a path as the kernel does, and checks the file and every folder and
+// link on the way: who can change one of them chooses what the path leads to.
+func trustedPath(path string) (resolved string, err error) {
+	resolved = "/"
+	for rest, links := path, 0; ; {
+		info, err := os.Lstat(resolved)
 		if err != nil {
-			return fmt.Errorf("hsm: module: %s: %w", path, err)
+			return "", err
 		}
-		if path == filepath.Dir(path) {
-			return nil
+		forbidden := fs.FileMode(0o022)
+		link := info.Mode()&fs.ModeSymlink != 0
+		if link || info.IsDir() && info.Mode()&fs.ModeSticky != 0 { // a link has no mode; in a sticky folder only owners rename
+			forbidden = 0
 		}
+		if err := disk.Trusted(info, forbidden); err != nil {
+			return "", fmt.Errorf("%s: %w", resolved, err)
+		}
+		if link {
+			target, err := os.Readlink(resolved)
+			if links++; err != nil || links > maxLinks {
+				return "", errors.Join(err, fmt.Errorf("%s: too many symbolic links", path))
+			}
+			rest = target + "/" + rest
+			if resolved = filepath.Dir(resolved); filepath.IsAbs(target) {
+				resolved = "/"
+			}
+		}
+		name, more, _ := strings.Cut(strings.TrimLeft(rest, "/"), "/")
+		if name == "" {
+			return resolved, nil
+		}
+		resolved, rest = filepath.Join(resolved, name), more
 	}
 }
