@@ -198,3 +198,29 @@ func TestWhoCanChooseTheModule(t *testing.T) {
 		}
 	}
 }
+
+// TestATokenThatDiesOverAPIN judges the PIN and then says that it was gone meanwhile: what
+// it judged is not sent again, for there may be few tries.
+func TestATokenThatDiesOverAPIN(t *testing.T) {
+	for _, value := range []uint{pkcs11.CKR_DEVICE_REMOVED, pkcs11.CKR_SESSION_CLOSED, pkcs11.CKR_DEVICE_ERROR} {
+		s, logins := newLogin(t)
+		s.cfg.PINSource = writeFile(t, "pin", "wrong", 0o600)
+		dies := s.set("C_Login", testenv.ReturnAfter, value, 0, 0)
+		for range 4 {
+			if err := s.opened(); err == nil || !strings.Contains(err.Error(), "refused the PIN") {
+				t.Errorf("%#x: %v", value, err)
+			}
+		}
+		s.end(dies, "dies")
+		if n := logins(); n != 1 {
+			t.Errorf("%#x: the PIN was sent %d times", value, n)
+		}
+	}
+	s, logins := newLogin(t) // of a token that was gone before, nothing is held against the PIN
+	gone := s.set("C_Login", testenv.ReturnValue, pkcs11.CKR_TOKEN_NOT_PRESENT, 1, 0)
+	open(t, s.cfg)
+	s.end(gone, "gone")
+	if n := logins(); n != 2 {
+		t.Errorf("C_Login was called %d times", n)
+	}
+}

@@ -408,7 +408,7 @@ func (s *sweep) wantClass(what, call string, class hsm.Class, err error) {
 	said := string(class)
 	switch call {
 	case "C_Login": // else the PIN was sent and not accepted, whatever the token says
-		if class != hsm.ClassSession && class != hsm.ClassToken {
+		if class != hsm.ClassSession {
 			class, said = hsm.ClassAuth, "PIN"
 		}
 	case "C_GetTokenInfo": // a token that cannot say what it is is away

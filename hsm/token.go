@@ -454,9 +454,10 @@ func (h *HSM) sendPIN(sh pkcs11.SessionHandle, value *secret.Bytes) error {
 		return l.Accepted()
 	case rv == pkcs11.CKR_USER_ALREADY_LOGGED_IN: // somebody else was faster
 		return l.Disarm()
-	case rv == pkcs11.CKR_SESSION_HANDLE_INVALID, rv == pkcs11.CKR_SESSION_CLOSED, rv == pkcs11.CKR_TOKEN_NOT_PRESENT,
-		rv == pkcs11.CKR_DEVICE_REMOVED, rv == pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED,
-		rv == pkcs11.CKR_USER_ANOTHER_ALREADY_LOGGED_IN:
+	// It was so before the call. CKR_SESSION_CLOSED and CKR_DEVICE_REMOVED came to be during it
+	// (PKCS#11 v2.40 section 5.1), and the PIN may have been judged.
+	case rv == pkcs11.CKR_SESSION_HANDLE_INVALID, rv == pkcs11.CKR_TOKEN_NOT_PRESENT,
+		rv == pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED, rv == pkcs11.CKR_USER_ANOTHER_ALREADY_LOGGED_IN:
 		return errors.Join(failed("C_Login", err), l.Disarm())
 	case rv == pkcs11.CKR_PIN_LOCKED:
 		return fmt.Errorf("%w, which is locked (C_Login: %w): unlock it with the security officer's PIN", pin.ErrRefused, err)

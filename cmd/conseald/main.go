@@ -127,7 +127,7 @@ func run(ctx context.Context, file string, logs io.Writer) error {
 	return errors.Join(err, hw.close())
 }
 
-// protectProcess keeps the shares in this process's memory from core files and
+// protectProcess keeps the secrets in this process's memory from core files and
 // from other processes of the same user.
 func protectProcess() error {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {

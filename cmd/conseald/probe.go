@@ -43,6 +43,9 @@ remembers that is named in the error.`,
 		Example: `  conseald hsm probe "pkcs11:token=conseal?module-path=/usr/lib/softhsm/libsofthsm2.so" --pin file:/etc/conseal/hsm.pin`,
 		Args:    cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, a []string) (err error) {
+			if err := protectProcess(); err != nil { // the PIN is in it, and a library that may crash
+				return err
+			}
 			cfg.URI = a[0]
 			if cfg.StateDir, err = probeFolder(cfg.URI); err != nil {
 				return err

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"conseal/hsm"
 	"conseal/testenv"
 )
@@ -76,5 +78,49 @@ func TestHSMProbe(t *testing.T) {
 		if _, errs, code := probe(bad...); code == 0 || errs == "" || strings.Contains(errs, "panic") {
 			t.Errorf("%q: exit code %d, %s", bad, code, errs)
 		}
+	}
+}
+
+// TestAProbeLeavesNoCore looks at a probe that has the PIN and whose library hangs with it.
+func TestAProbeLeavesNoCore(t *testing.T) {
+	bin, err := testenv.Build(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer testenv.Clean()
+	tok, err := testenv.NewToken(t.Context(), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := testenv.NewFaultModule(t.Context(), t.TempDir(), tok.Module)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Set(testenv.Fault{Call: "C_Login", Do: testenv.Hang}); err != nil {
+		t.Fatal(err)
+	}
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_CORE, &old); err != nil || old.Max == 0 {
+		t.Fatalf("core files are forbidden here, so this shows nothing: %v", err)
+	}
+	cmd := exec.CommandContext(t.Context(), bin.Agent, "hsm", "probe", strings.Replace(tok.URI, tok.Module, m.Path, 1))
+	cmd.Env = append(append(os.Environ(), "XDG_CACHE_HOME="+t.TempDir()), tok.Env()...)
+	p, err := testenv.StartProcess(cmd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Kill()
+	for calls := 0; calls == 0; {
+		all, err := m.Calls()
+		calls = all["C_Login"]
+		select {
+		case <-p.Done():
+			t.Fatalf("it ended: %v: %s", err, p.Stderr())
+		default:
+		}
+	}
+	var core unix.Rlimit
+	if err := unix.Prlimit(cmd.Process.Pid, unix.RLIMIT_CORE, nil, &core); err != nil || core.Max != 0 {
+		t.Errorf("it may write core files: %v, %v", core, err)
 	}
 }
