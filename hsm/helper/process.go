@@ -114,13 +114,28 @@ func restrict() error {
 	if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); err != nil {
 		return fmt.Errorf("clearing ambient capabilities: %w", err)
 	}
+	const keep = 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_IPC_LOCK
 	for c := range uintptr(64) {
-		if c == unix.CAP_DAC_OVERRIDE || c == unix.CAP_IPC_LOCK {
+		if keep&(1<<c) != 0 {
 			continue
 		}
 		if unix.Prctl(unix.PR_CAPBSET_DROP, c, 0, 0, 0) != nil {
-			break // the kernel knows no more, or we may not: then there is little to drop
+			break // the kernel knows no more, or we may not
 		}
+	}
+	// Under no_new_privs the child gets no more than this thread has, also where the bounding
+	// set could not be changed, for want of CAP_SETPCAP.
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var has [2]unix.CapUserData
+	if err := unix.Capget(&header, &has[0]); err != nil {
+		return fmt.Errorf("reading capabilities: %w", err)
+	}
+	kept := [2]unix.CapUserData{{Effective: has[0].Effective & keep, Permitted: has[0].Permitted & keep}}
+	if kept == has {
+		return nil
+	}
+	if err := unix.Capset(&header, &kept[0]); err != nil {
+		return fmt.Errorf("dropping capabilities: %w", err)
 	}
 	return nil
 }
