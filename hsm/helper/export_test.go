@@ -71,7 +71,13 @@ func Lie(conn *os.File, kind string) {
 			_ = a.write(conn)
 			time.Sleep(time.Hour)
 		case kind == "short":
-			a.blob, a.secret = bytes.Repeat([]byte("x"), 40), secret.Random(31)
+			if a.blob = bytes.Repeat([]byte("x"), 40); q.op.secret() {
+				a.secret = secret.Random(31)
+			}
+		case kind == "secrets":
+			a.secret = secret.Random(64)
+		case kind == "secrets-in-errors":
+			a.op, a.text, a.blob, a.secret = opFailed, "bad", []byte{0, 0}, secret.Random(64)
 		case kind == "other-key" && q.op == opIdentity:
 			a.blob = public
 		case kind == "other-key":
@@ -89,5 +95,6 @@ func Lie(conn *os.File, kind string) {
 		if a.write(conn) != nil {
 			return
 		}
+		a.secret.Wipe()
 	}
 }

@@ -47,6 +47,9 @@ func (o op) String() string {
 		opRoot: "reading the root", opSetRoot: "setting the root", opIdentity: "reading the identity", opSign: "signing"}[o]
 }
 
+// secret tells whether the answer to a question has a secret, which its asker wipes.
+func (o op) secret() bool { return o == opSeal || o == opOpen || o == opRoot }
+
 const (
 	frameHead = 8 + 1 + 4 + 4 + 1
 	maxText   = 64 << 10

@@ -13,6 +13,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -535,6 +536,36 @@ func TestALyingHelper(t *testing.T) {
 		wrong("root", err)
 		_, err = h.Identity(t.Context())
 		wrong("identity", err)
+		h.Close()
+	}
+}
+
+// TestSecretsThatNobodyAskedFor would fill the agent's locked memory, for nobody wipes them.
+func TestSecretsThatNobodyAskedFor(t *testing.T) {
+	locked := func() int {
+		t.Helper()
+		n, err := strconv.Atoi(strings.Fields(status(t, os.Getpid())["VmLck"])[0])
+		must(t, err)
+		return n
+	}
+	before := locked()
+	held := secret.Random(32)
+	if locked() == before {
+		t.Fatal("nothing is locked here, so this shows nothing")
+	}
+	held.Wipe()
+	for _, kind := range []string{"secrets", "secrets-in-errors"} {
+		t.Setenv("HELPER_TEST_MODULE", "liar:"+kind)
+		h := open(t, newConfig(t))
+		before := locked()
+		for range 100 {
+			if _, err := h.Identity(t.Context()); err == nil {
+				t.Errorf("%s: an identity", kind)
+			}
+		}
+		if n := locked() - before; n > 100 {
+			t.Errorf("%s: %d kB of locked memory more", kind, n)
+		}
 		h.Close()
 	}
 }

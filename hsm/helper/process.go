@@ -312,7 +312,7 @@ func (p *process) tell(lost func()) bool {
 func (p *process) deliver(f *frame) error {
 	p.mu.Lock()
 	c := p.calls[f.id]
-	if c == nil || f.op != opDone && f.op != opFailed {
+	if c == nil || f.op != opDone && f.op != opFailed || f.secret != nil && (f.op == opFailed || !c.op.secret()) {
 		p.mu.Unlock()
 		f.secret.Wipe()
 		return errFrame
