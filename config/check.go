@@ -106,6 +106,9 @@ func (m *HSM) check(r *report, used bool) {
 	m.checkToken(r, "", m.URI, m.PIN, used)
 	if m.SecondURI != "" {
 		m.checkToken(r, "second_", m.SecondURI, m.SecondPIN, used)
+		if sameToken(m.URI, m.SecondURI) {
+			r.add("protector.hsm.second_uri", "names the token that uri names: wants another one")
+		}
 	} else if m.SecondPIN != "" {
 		r.add("protector.hsm.second_pin", "there is no second_uri")
 	}
@@ -156,6 +159,18 @@ func (m *HSM) checkToken(r *report, which, uri, pin string, used bool) {
 	case used && (which == "" || m.PIN == ""):
 		r.add(pinKey, `missing: wants "file:/PATH", "fd:N" or "cred:NAME"`)
 	}
+}
+
+// sameToken tells whether two URIs select by the same values: a wrong PIN would be sent to
+// that token twice.
+func sameToken(a, b string) bool {
+	first, _ := attributesOf(a) // what is wrong with them was said
+	second, _ := attributesOf(b)
+	same := true
+	for _, name := range []string{"token", "serial", "manufacturer", "model", "slot-id"} {
+		same = same && first[name] == second[name]
+	}
+	return same
 }
 
 // attributesOf are those of a URI, of its path and its query. Errors name no
