@@ -15,6 +15,7 @@ import (
 // on to a next one without it.
 func TestAForgottenSecondToken(t *testing.T) {
 	c := &config.Host{Name: "alpha", State: t.TempDir()}
+	c.Protector.HSM.PIN, c.Protector.HSM.SecondPIN = "none", "none" // no helper is started
 	open := func() error {
 		_, err := openToken(t.Context(), c, slog.New(slog.DiscardHandler))
 		return err
