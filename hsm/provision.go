@@ -180,9 +180,13 @@ func randomID() (id keyID) {
 // by their documents, CloudHSM do not.
 func (s *session) makeSentinel() error {
 	err := s.aside((*session).makeData)
-	if unable(err) {
-		_, err = s.generate(s.label("sentinel"), randomID(), true)
+	if !unable(err) {
+		return err
 	}
+	if made, err := s.has(anyClass, "sentinel"); made || err != nil {
+		return err // it came to be all the same, and over two every later run would fail
+	}
+	_, err = s.generate(s.label("sentinel"), randomID(), true)
 	return err
 }
 

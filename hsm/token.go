@@ -178,7 +178,9 @@ func (s *session) aside(fn func(*session) error) error {
 	}
 	other := *s
 	other.h = sh
-	return errors.Join(fn(&other), failed("C_CloseSession", s.p.CloseSession(sh)))
+	err = fn(&other)
+	_ = s.p.CloseSession(sh) // whatever it says, what fn did is done
+	return err
 }
 
 // do runs fn with a session of its own. If the session, the login or a handle
@@ -246,8 +248,6 @@ func (h *HSM) once(fn func(*session) error, module sync.Locker) attempt {
 // repair tells whether another try makes sense, and prepares it.
 func (h *HSM) repair(ctx context.Context, a *attempt) bool {
 	switch ClassOf(a.err) {
-	case ClassHandle:
-		return true
 	case ClassBusy:
 		select {
 		case <-ctx.Done():
@@ -255,7 +255,7 @@ func (h *HSM) repair(ctx context.Context, a *attempt) bool {
 		case <-time.After(busyPause):
 			return true
 		}
-	case ClassSession, ClassLogin:
+	case ClassSession, ClassLogin, ClassHandle: // an object of a session that was lost is a bad handle
 		h.drop(a.conn)
 		return true
 	case ClassToken:
