@@ -120,6 +120,8 @@ func (m *HSM) check(r *report, used bool) {
 	}
 	r.once("protector.hsm.modules", m.Modules)
 	r.oneOf("protector.hsm.method", m.Method, "aes-gcm", "aes-kw-enc", "aes-kw", "aes-kwp", "rsa-oaep-sha256", "hmac-sha256-prf", "rsa-oaep-sha1")
+	r.object("protector.hsm.objects.identity", m.Objects.Identity)
+	r.object("protector.hsm.objects.wrap", m.Objects.Wrap)
 	r.within("protector.hsm.max_sessions", m.MaxSessions, 1, 1024)
 	r.lasts("protector.hsm.timeout", m.Timeout, time.Second, 10*time.Minute)
 	for _, name := range m.Environment {
@@ -201,6 +203,18 @@ func attributesOf(uri string) (map[string]string, error) {
 		}
 	}
 	return attributes, nil
+}
+
+// object checks the name of a key in a token.
+func (r *report) object(path, name string) {
+	escaped, isID := strings.CutPrefix(name, "id=")
+	id, err := url.PathUnescape(escaped)
+	switch {
+	case isID && (err != nil || id == ""):
+		r.add(path, `%s: wants a label, or "id=" and the percent-encoded id, "id=%%01%%AB"`, clip(strconv.Quote(name)))
+	case strings.HasPrefix(name, "conseal/"):
+		r.add(path, "%s: labels that begin with conseal/ are those of keys that hosts make for themselves: name another key, or leave this out", clip(strconv.Quote(name)))
+	}
 }
 
 func (l *Limits) check(r *report) {
