@@ -37,20 +37,23 @@ type Options struct {
 	Identity  crypto.Signer // ECDSA P-256, in the hardware
 	Version   string
 	Log       *slog.Logger
+	// Erasure and ErasureWhy are what the status says of an HSM's; both empty for a TPM.
+	Erasure, ErasureWhy string
 }
 
 // Agent is one host's agent.
 type Agent struct {
-	self      protocol.HostID
-	config    *config.Host
-	roster    *config.Roster
-	protector vault.Protector
-	seal      SealControl
-	identity  crypto.Signer
-	version   string
-	log       *slog.Logger
-	started   time.Time
-	digest    [32]byte // of the roster
+	self                protocol.HostID
+	config              *config.Host
+	roster              *config.Roster
+	protector           vault.Protector
+	seal                SealControl
+	identity            crypto.Signer
+	version             string
+	erasure, erasureWhy string
+	log                 *slog.Logger
+	started             time.Time
+	digest              [32]byte // of the roster
 
 	keys     map[string]*key // by name; the map does not change
 	sorted   []*key          // by name
@@ -85,7 +88,7 @@ func New(o Options) (*Agent, error) {
 	}
 	a := &Agent{
 		self: protocol.HostID(o.Config.Name), config: o.Config, roster: o.Roster, protector: o.Protector, seal: o.Seal,
-		identity: o.Identity, version: o.Version, log: o.Log, started: time.Now(), digest: o.Roster.Digest(),
+		identity: o.Identity, version: o.Version, erasure: o.Erasure, erasureWhy: o.ErasureWhy, log: o.Log, started: time.Now(), digest: o.Roster.Digest(),
 		keys: map[string]*key{}, wake: make(chan struct{}, 1), peers: map[protocol.HostID]uint64{},
 		sessions:   newSessions(o.Config.Limits.SessionsPerPeer),
 		callers:    newCallerLimits(o.Config.Limits.CallerRate),

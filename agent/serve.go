@@ -359,7 +359,7 @@ func (s adminAPI) Status(context.Context, *apipb.StatusRequest) (*apipb.StatusRe
 	a := s.a
 	out := &apipb.StatusResponse{
 		Fleet: a.roster.Fleet, Host: string(a.self), Version: a.version, RosterVersion: a.roster.Version, RosterDigest: a.digest[:],
-		Protector: a.protector.Name(), Started: a.started.UTC().Format(time.RFC3339),
+		Protector: a.protector.Name(), Erasure: a.erasure, ErasureWhy: a.erasureWhy, Started: a.started.UTC().Format(time.RFC3339),
 	}
 	if v := a.vault.Load(); v != nil {
 		out.Roots = v.Stats().Roots

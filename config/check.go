@@ -120,6 +120,9 @@ func (m *HSM) check(r *report, used bool) {
 	}
 	r.once("protector.hsm.modules", m.Modules)
 	r.oneOf("protector.hsm.method", m.Method, "aes-gcm", "aes-kw-enc", "aes-kw", "aes-kwp", "rsa-oaep-sha256", "hmac-sha256-prf", "rsa-oaep-sha1")
+	if m.Erasure != "" {
+		r.oneOf("protector.hsm.erasure", m.Erasure, "device", "host-file", "replicated")
+	}
 	r.object("protector.hsm.objects.identity", m.Objects.Identity)
 	r.object("protector.hsm.objects.wrap", m.Objects.Wrap)
 	r.within("protector.hsm.max_sessions", m.MaxSessions, 1, 1024)

@@ -142,6 +142,12 @@ type HSM struct {
 	// this token can and which to set. No file of the host chooses it. It cannot be changed
 	// once the host was initialised. Default: "aes-gcm".
 	Method string `toml:"method"`
+	// Erasure says how final it is that the token destroys a key: "device", it was in one
+	// device only; "host-file", the token is a file, of which there may be copies; or
+	// "replicated", a service keeps copies. `conseald init` guesses and cannot see backups
+	// and clones: who knows better says so here. With two tokens, the least of the two.
+	// It changes nothing but what `conseal status` says. Default: "", the guess.
+	Erasure string `toml:"erasure"`
 	// InitArgs is a text for C_Initialize, for the libraries that want one there, as
 	// NSS softoken does. Default: "", none.
 	InitArgs string `toml:"init_args"`

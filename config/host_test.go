@@ -75,7 +75,7 @@ func TestLoadEveryKey(t *testing.T) {
 		Protector: config.Protector{
 			Kind: "hsm",
 			TPM:  config.TPM{Device: "tcp:localhost:2321", PCRs: []int{7}, NVRoot: 0x01800601, PolicyKey: "/etc/policy.pem", NVCounter: 0x01800602, NVReceipts: 0x01800603, PIN: "cred:tpm", EventLog: "/log", SRKHandle: 0x81000002, Timeout: time.Second},
-			HSM:  config.HSM{URI: "pkcs11:token=a%20b?module-path=/m", PIN: "file:" + pin, SecondURI: "pkcs11:token=c?module-path=/l", SecondPIN: "cred:c", Modules: []string{"/l", "/m"}, Method: "aes-kw", InitArgs: "a='b'", MaxSessions: 2, Timeout: 3 * time.Second, Environment: []string{"A", "_b1"}, Objects: config.Objects{Identity: "i", Wrap: "id=%01"}},
+			HSM:  config.HSM{URI: "pkcs11:token=a%20b?module-path=/m", PIN: "file:" + pin, SecondURI: "pkcs11:token=c?module-path=/l", SecondPIN: "cred:c", Modules: []string{"/l", "/m"}, Method: "aes-kw", Erasure: "device", InitArgs: "a='b'", MaxSessions: 2, Timeout: 3 * time.Second, Environment: []string{"A", "_b1"}, Objects: config.Objects{Identity: "i", Wrap: "id=%01"}},
 		},
 		Limits: config.Limits{Message: 1, SignDeadline: time.Second, KeygenDeadline: time.Hour, SessionsPerPeer: 2, PeerRate: 3, CallerRate: 4, Presignatures: 5},
 		Log:    config.Log{Level: "debug", Format: "json"},
@@ -111,6 +111,7 @@ second_uri = "pkcs11:token=c?module-path=/l"
 second_pin = "cred:c"
 modules = ["/l", "/m"]
 method = "aes-kw"
+erasure = "device"
 init_args = "a='b'"
 max_sessions = 2
 timeout = "3s"
@@ -141,7 +142,7 @@ func TestEnvironment(t *testing.T) {
 		"CONSEAL_PROTECTOR_TPM_SRK_HANDLE":  "0x81000005", "CONSEAL_PROTECTOR_TPM_TIMEOUT": "2s",
 		"CONSEAL_PROTECTOR_HSM_URI": "pkcs11:serial=1?module-path=/x&pin-source=file:" + pin, "CONSEAL_PROTECTOR_HSM_PIN": "",
 		"CONSEAL_PROTECTOR_HSM_SECOND_URI": "pkcs11:serial=2?module-path=/x", "CONSEAL_PROTECTOR_HSM_SECOND_PIN": "fd:8",
-		"CONSEAL_PROTECTOR_HSM_MODULES": "/x", "CONSEAL_PROTECTOR_HSM_METHOD": "aes-kwp", "CONSEAL_PROTECTOR_HSM_INIT_ARGS": "c", "CONSEAL_PROTECTOR_HSM_MAX_SESSIONS": "3",
+		"CONSEAL_PROTECTOR_HSM_MODULES": "/x", "CONSEAL_PROTECTOR_HSM_METHOD": "aes-kwp", "CONSEAL_PROTECTOR_HSM_ERASURE": "replicated", "CONSEAL_PROTECTOR_HSM_INIT_ARGS": "c", "CONSEAL_PROTECTOR_HSM_MAX_SESSIONS": "3",
 		"CONSEAL_PROTECTOR_HSM_TIMEOUT": "4s", "CONSEAL_PROTECTOR_HSM_ENVIRONMENT": "C,D", "CONSEAL_PROTECTOR_HSM_OBJECTS_IDENTITY": "id=a", "CONSEAL_PROTECTOR_HSM_OBJECTS_WRAP": "w",
 		"CONSEAL_LIMITS_MESSAGE": "10", "CONSEAL_LIMITS_SIGN_DEADLINE": "3s", "CONSEAL_LIMITS_KEYGEN_DEADLINE": "4s",
 		"CONSEAL_LIMITS_SESSIONS_PER_PEER": "5", "CONSEAL_LIMITS_PEER_RATE": "6", "CONSEAL_LIMITS_CALLER_RATE": "7",
@@ -161,7 +162,7 @@ func TestEnvironment(t *testing.T) {
 		Protector: config.Protector{
 			Kind: "hsm",
 			TPM:  config.TPM{Device: "unix:/t", PCRs: []int{0, 7}, NVRoot: 0x01800700, PolicyKey: "/k", NVCounter: 0x01800701, NVReceipts: 0x01800702, PIN: "fd:7", SRKHandle: 0x81000005, Timeout: 2 * time.Second},
-			HSM:  config.HSM{URI: "pkcs11:serial=1?module-path=/x&pin-source=file:" + pin, SecondURI: "pkcs11:serial=2?module-path=/x", SecondPIN: "fd:8", Modules: []string{"/x"}, Method: "aes-kwp", InitArgs: "c", MaxSessions: 3, Timeout: 4 * time.Second, Environment: []string{"C", "D"}, Objects: config.Objects{Identity: "id=a", Wrap: "w"}},
+			HSM:  config.HSM{URI: "pkcs11:serial=1?module-path=/x&pin-source=file:" + pin, SecondURI: "pkcs11:serial=2?module-path=/x", SecondPIN: "fd:8", Modules: []string{"/x"}, Method: "aes-kwp", Erasure: "replicated", InitArgs: "c", MaxSessions: 3, Timeout: 4 * time.Second, Environment: []string{"C", "D"}, Objects: config.Objects{Identity: "id=a", Wrap: "w"}},
 		},
 		Limits: config.Limits{Message: 10, SignDeadline: 3 * time.Second, KeygenDeadline: 4 * time.Second, SessionsPerPeer: 5, PeerRate: 6, CallerRate: 7, Presignatures: 4},
 		Log:    config.Log{Level: "error", Format: "json"},
@@ -289,6 +290,7 @@ func TestLoadRefused(t *testing.T) {
 		{hsm + "modules = ['/m']\nuri = 'pkcs11:token=a?module-path=/m&pin-source=fd:3'\nsecond_uri = 'pkcs11:token=b?module-path=/m'", `FILE:3: protector.hsm.second_pin: missing: wants "file:/PATH", "fd:N" or "cred:NAME"`},
 		{hsm + "pin = 'fd:3'\nmodules = ['/m']\nuri = 'pkcs11:token=a?module-path=/m'\nsecond_uri = 'pkcs11:token=b?module-path=/m'", `FILE:3: protector.hsm.second_pin: both tokens would read fd:3, at the same time: give the second a descriptor of its own`},
 		{hsm + "pin = 'fd:3'\nmodules = ['/m']\nuri = 'pkcs11:token=a?module-path=/m'\nsecond_pin = 'fd:4'", `FILE:7: protector.hsm.second_pin: there is no second_uri`},
+		{"name = 'a'\nprotector.hsm.erasure = 'devise'", `FILE:2: protector.hsm.erasure: "devise": wants "device" or "host-file" or "replicated"; did you mean "device"?`},
 		{"name = 'a'\nprotector.hsm.objects.wrap = 'id=%0'", `FILE:2: protector.hsm.objects.wrap: "id=%0": wants a label, or "id=" and the percent-encoded id, "id=%01%AB"`},
 		{"name = 'a'\nprotector.hsm.objects.identity = 'id='", `FILE:2: protector.hsm.objects.identity: "id=": wants a label, or "id=" and the percent-encoded id, "id=%01%AB"`},
 		{"name = 'a'\nprotector.hsm.objects.identity = 'conseal/a/identity'", `FILE:2: protector.hsm.objects.identity: "conseal/a/identity": labels that begin with conseal/ are those of keys that hosts make for themselves: name another key, or leave this out`},

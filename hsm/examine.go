@@ -35,8 +35,7 @@ func Probe(ctx context.Context, cfg Config) (*Report, error) {
 }
 
 func (r *Report) fill(s *session) error {
-	hardware, err := r.identify(s)
-	if err != nil {
+	if err := r.identify(s); err != nil {
 		return err
 	}
 	for _, m := range methods() {
@@ -58,29 +57,29 @@ func (r *Report) fill(s *session) error {
 		}
 		r.Methods = append(r.Methods, t)
 	}
-	r.judge(hardware)
+	r.judge()
 	return s.sweep()
 }
 
 // identify asks who token and library are, and what they offer.
-func (r *Report) identify(s *session) (hardware bool, err error) {
+func (r *Report) identify(s *session) error {
 	lib, err := s.p.GetInfo()
 	if err != nil {
-		return false, failed("C_GetInfo", err)
+		return failed("C_GetInfo", err)
 	}
 	token, err := s.p.GetTokenInfo(s.slot)
-	if err != nil {
-		return false, failed("C_GetTokenInfo", err)
+	if err != nil { // as when logging in
+		return &Error{Class: ClassToken, What: fmt.Sprintf("C_GetTokenInfo: %v", err)}
 	}
 	slot, err := s.p.GetSlotInfo(s.slot)
 	if err != nil {
-		return false, failed("C_GetSlotInfo", err)
+		return failed("C_GetSlotInfo", err)
 	}
 	clean := func(text string) string { return strings.TrimRight(text, " \x00") }
 	r.Library = fmt.Sprintf("%s %s %d.%d", clean(lib.ManufacturerID), clean(lib.LibraryDescription), lib.LibraryVersion.Major, lib.LibraryVersion.Minor)
 	r.Label, r.Serial = clean(token.Label), clean(token.SerialNumber)
 	r.Manufacturer, r.Model = clean(token.ManufacturerID), clean(token.Model)
-	hardware = slot.Flags&pkcs11.CKF_HW_SLOT != 0
+	hardware := slot.Flags&pkcs11.CKF_HW_SLOT != 0
 	for _, m := range mechanisms() {
 		info, err := s.p.GetMechanismInfo(s.slot, []*pkcs11.Mechanism{pkcs11.NewMechanism(m.Number, nil)})
 		if m.Offered = err == nil; m.Offered {
@@ -90,7 +89,8 @@ func (r *Report) identify(s *session) (hardware bool, err error) {
 		hardware = hardware || m.Hardware
 		r.Mechanisms = append(r.Mechanisms, m)
 	}
-	return hardware, nil
+	r.Erasure, r.ErasureWhy = guessErasure([]string{r.Manufacturer, r.Model, r.Library}, hardware)
+	return nil
 }
 
 // mechanisms are those that matter to a host.
@@ -120,8 +120,7 @@ func uses(flags uint) (all []string) {
 }
 
 // judge says what the operator should know.
-func (r *Report) judge(hardware bool) {
-	r.Erasure, r.ErasureWhy = guessErasure([]string{r.Manufacturer, r.Model, r.Library}, hardware)
+func (r *Report) judge() {
 	if r.Recommended == "" {
 		r.Why = "no method passed its self-test"
 	}

@@ -211,6 +211,9 @@ func validStateDir(dir string) error {
 type Provisioned struct {
 	Token string // the token, as the URI names it
 	Steps []Step // in the order in which they were done
+	// Erasure is what [Provision] makes of the token, a guess, and ErasureWhy the reason.
+	Erasure    Erasure
+	ErasureWhy string
 }
 
 // Step is one object that a host needs in its token.

@@ -61,6 +61,9 @@ const (
 	ErasureReplicated Erasure = "replicated" // a service keeps copies
 )
 
+// Erasures are all of them, the least final first.
+func Erasures() []Erasure { return []Erasure{ErasureHostFile, ErasureReplicated, ErasureDevice} }
+
 // makers are tokens that are known by what they call themselves, in small letters.
 func makers() []struct {
 	word    string

@@ -45,6 +45,12 @@ func Provision(ctx context.Context, cfg Config) (Provisioned, error) {
 		}
 		p.Steps = append(p.Steps, step)
 	}
+	var r Report
+	err = h.do(ctx, func(s *session) error { r = Report{}; return r.identify(s) })
+	if err != nil {
+		return p, fmt.Errorf("hsm: provisioning %s: asking what it is: %w", h.Name(), err)
+	}
+	p.Erasure, p.ErasureWhy = r.Erasure, r.ErasureWhy
 	return p, nil
 }
 

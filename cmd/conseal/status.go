@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/hex"
 	"encoding/pem"
@@ -97,6 +98,9 @@ func printStatus(w io.Writer, s *apipb.StatusResponse) error {
 		fmt.Fprintf(t, "protector\t%s: open, %d roots written\n", s.Protector, s.Roots)
 	} else {
 		fmt.Fprintf(t, "protector\t%s: CLOSED: %s\n", s.Protector, s.ProtectorError)
+	}
+	if s.ErasureWhy != "" { // not of a TPM
+		fmt.Fprintf(t, "erasure\t%s: %s\n", cmp.Or(s.Erasure, "not known"), s.ErasureWhy)
 	}
 	fmt.Fprintf(t, "\nPEER\tADDRESS\tSTATE\tSINCE\tROSTER\n")
 	for _, p := range s.Peers {

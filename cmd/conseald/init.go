@@ -156,6 +156,13 @@ func eachToken(ctx context.Context, c *config.Host, do func(context.Context, hel
 		for _, s := range p.Steps {
 			steps = append(steps, s.Object+": "+s.Done)
 		}
+		if p.Erasure == "" { // it was withdrawn from
+			continue
+		}
+		if err := recordErasure(cfg.HSM.StateDir, p); err != nil {
+			return steps, err
+		}
+		steps = append(steps, fmt.Sprintf("erasure: %s, a guess: %s", p.Erasure, p.ErasureWhy))
 	}
 	return steps, nil
 }

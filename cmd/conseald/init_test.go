@@ -88,7 +88,7 @@ func (h *hsmHost) wants(t *testing.T, out string, want []string) {
 func TestUndoTouchesNothingElse(t *testing.T) {
 	defer testenv.Clean()
 	h := newHSMHost(t)
-	h.must(t, []string{"init"})
+	h.must(t, []string{"init"}, "erasure: host-file, a guess: it calls itself SoftHSM")
 	conf := filepath.Join(h.dir, "conseal.toml")
 	text, err := os.ReadFile(conf)
 	if err != nil {

@@ -120,6 +120,9 @@ func run(ctx context.Context, file string, logs io.Writer) error {
 	if hw.seal != nil {
 		options.Seal = hw.seal
 	}
+	if c.Protector.Kind == "hsm" {
+		options.Erasure, options.ErasureWhy = erasure(c)
+	}
 	a, err := agent.New(options)
 	if err == nil {
 		err = a.Run(ctx)

@@ -36,6 +36,18 @@ func TestNoFailpointsInWhatIsShipped(t *testing.T) {
 	}
 }
 
+// TestConfigKnowsEachErasure compares two lists that cannot be one.
+func TestConfigKnowsEachErasure(t *testing.T) {
+	for _, erasure := range append(hsm.Erasures(), "none") {
+		c := config.Default()
+		c.Protector.HSM.Erasure = string(erasure)
+		known := !slices.ContainsFunc(c.Check(), func(p config.Problem) bool { return p.Key == "protector.hsm.erasure" })
+		if known != (erasure != "none") {
+			t.Errorf("erasure %s: known to config: %t", erasure, known)
+		}
+	}
+}
+
 // TestConfigKnowsEachMethod compares two lists that cannot be one.
 func TestConfigKnowsEachMethod(t *testing.T) {
 	for _, method := range append(hsm.Methods(), "aes-none") {

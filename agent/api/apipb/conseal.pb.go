@@ -1045,9 +1045,13 @@ type StatusResponse struct {
 	// Roots that this host's hardware was given: a TPM's NV memory endures some 100,000.
 	Roots uint64 `protobuf:"varint,8,opt,name=roots,proto3" json:"roots,omitempty"`
 	// RFC 3339.
-	Started       string  `protobuf:"bytes,9,opt,name=started,proto3" json:"started,omitempty"`
-	Peers         []*Peer `protobuf:"bytes,10,rep,name=peers,proto3" json:"peers,omitempty"`
-	Keys          []*Key  `protobuf:"bytes,11,rep,name=keys,proto3" json:"keys,omitempty"`
+	Started string  `protobuf:"bytes,9,opt,name=started,proto3" json:"started,omitempty"`
+	Peers   []*Peer `protobuf:"bytes,10,rep,name=peers,proto3" json:"peers,omitempty"`
+	Keys    []*Key  `protobuf:"bytes,11,rep,name=keys,proto3" json:"keys,omitempty"`
+	// Of an HSM: how final it is that it destroys a key, "device", "host-file" or
+	// "replicated"; empty if that is not recorded. And who says so.
+	Erasure       string `protobuf:"bytes,12,opt,name=erasure,proto3" json:"erasure,omitempty"`
+	ErasureWhy    string `protobuf:"bytes,13,opt,name=erasure_why,json=erasureWhy,proto3" json:"erasure_why,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1157,6 +1161,20 @@ func (x *StatusResponse) GetKeys() []*Key {
 		return x.Keys
 	}
 	return nil
+}
+
+func (x *StatusResponse) GetErasure() string {
+	if x != nil {
+		return x.Erasure
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetErasureWhy() string {
+	if x != nil {
+		return x.ErasureWhy
+	}
+	return ""
 }
 
 type Peer struct {
@@ -1375,7 +1393,7 @@ const file_agent_api_conseal_proto_rawDesc = "" +
 	"\asigners\x18\x01 \x03(\tR\asigners\x12\x14\n" +
 	"\x05ready\x18\x02 \x01(\rR\x05ready\x12\x16\n" +
 	"\x06wanted\x18\x03 \x01(\rR\x06wanted\"\x0f\n" +
-	"\rStatusRequest\"\xe4\x02\n" +
+	"\rStatusRequest\"\x9f\x03\n" +
 	"\x0eStatusResponse\x12\x14\n" +
 	"\x05fleet\x18\x01 \x01(\tR\x05fleet\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x18\n" +
@@ -1388,7 +1406,10 @@ const file_agent_api_conseal_proto_rawDesc = "" +
 	"\astarted\x18\t \x01(\tR\astarted\x12&\n" +
 	"\x05peers\x18\n" +
 	" \x03(\v2\x10.conseal.v1.PeerR\x05peers\x12#\n" +
-	"\x04keys\x18\v \x03(\v2\x0f.conseal.v1.KeyR\x04keys\"\xa5\x01\n" +
+	"\x04keys\x18\v \x03(\v2\x0f.conseal.v1.KeyR\x04keys\x12\x18\n" +
+	"\aerasure\x18\f \x01(\tR\aerasure\x12\x1f\n" +
+	"\verasure_why\x18\r \x01(\tR\n" +
+	"erasureWhy\"\xa5\x01\n" +
 	"\x04Peer\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x1c\n" +
