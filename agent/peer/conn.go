@@ -22,6 +22,7 @@ import (
 // conn is one connection. It ends with its context, whose cause says why.
 type conn struct {
 	tls    *tls.Conn
+	pin    [32]byte // what the other end proved to be; set by open
 	cfg    *Config
 	in     *bufio.Reader // owned by the goroutine that reads
 	queue  queue
@@ -84,12 +85,13 @@ func (n *Net) open(c *conn, dialled *link) (*link, *peerpb.Hello, error) {
 	if err := c.tls.HandshakeContext(c.ctx); err != nil {
 		return nil, nil, c.fail(err)
 	}
-	name, err := n.identify(c.tls.ConnectionState()) // proved by now
+	name, pin, err := n.identify(c.tls.ConnectionState()) // proved by now
 	if err != nil {
 		return nil, nil, c.fail(err)
 	}
-	l := n.links[name]
-	if err := n.expect(name, dialled); err != nil {
+	c.pin = pin
+	l := n.peer(name)
+	if err := n.expect(name, l, dialled); err != nil {
 		return l, nil, c.fail(err)
 	}
 	hello, err := n.greet(c, name, dialled != nil)
@@ -100,13 +102,15 @@ func (n *Net) open(c *conn, dialled *link) (*link, *peerpb.Hello, error) {
 }
 
 // expect refuses a host that has no business at this end.
-func (n *Net) expect(name protocol.HostID, dialled *link) error {
+func (n *Net) expect(name protocol.HostID, l, dialled *link) error {
 	switch {
 	case name == n.cfg.Self:
 		return errSelf
+	case l == nil:
+		return errUnpinned // just now
 	case dialled != nil && name != dialled.name:
 		return fmt.Errorf("the address answers as host %q", name)
-	case dialled == nil && n.links[name].dials:
+	case dialled == nil && l.dials:
 		return fmt.Errorf("host %q has no reason to dial: the smaller name dials", name)
 	}
 	return nil

@@ -124,6 +124,10 @@ func (f *fleet) startWith(name protocol.HostID, wrap func(*recorder) peer.Handle
 	if err != nil {
 		f.t.Fatal(err)
 	}
+	return f.run(name, n, rec, log)
+}
+
+func (f *fleet) run(name protocol.HostID, n *peer.Net, rec *recorder, log *logBuffer) *node {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- n.Run(ctx) }()
@@ -212,6 +216,22 @@ func (r *recorder) next(kind string, host protocol.HostID) event {
 		r.t.Fatalf("no %s of %q", kind, host)
 	}
 	return event{}
+}
+
+// skipTo waits for a call of that kind and host, whatever comes before it.
+func (r *recorder) skipTo(kind string, host protocol.HostID) event {
+	r.t.Helper()
+	late := time.After(patience)
+	for {
+		select {
+		case e := <-r.events:
+			if e.kind == kind && e.host == host {
+				return e
+			}
+		case <-late:
+			r.t.Fatalf("no %s of %q", kind, host)
+		}
+	}
 }
 
 // quiet fails if the handler was told anything.
@@ -369,6 +389,7 @@ func (p *pipes) listen(address string) *pipeListener {
 }
 
 func (p *pipes) dial(ctx context.Context, address string) (net.Conn, error) {
+	address = strings.TrimSuffix(address, ":1")
 	p.mu.Lock()
 	l := p.listeners[address]
 	p.mu.Unlock()
@@ -406,4 +427,4 @@ func (l *pipeListener) Close() error {
 
 func (l *pipeListener) Addr() net.Addr  { return l }
 func (l *pipeListener) Network() string { return "pipe" }
-func (l *pipeListener) String() string  { return l.address }
+func (l *pipeListener) String() string  { return l.address + ":1" }

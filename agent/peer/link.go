@@ -23,13 +23,14 @@ import (
 // link is what is kept of a peer from one stream to the next.
 type link struct {
 	name    protocol.HostID
-	host    Host
-	dials   bool                 // this host dials, the peer never does
-	limit   *rate.Limiter        // frames taken from the peer, over all its streams
-	current atomic.Pointer[conn] // the stream between its Up and its Down
+	dials   bool                    // this host dials, the peer never does
+	limit   *rate.Limiter           // frames taken from the peer, over all its streams
+	current atomic.Pointer[conn]    // the stream that Send uses, between its Up and its Down
+	stop    context.CancelCauseFunc // ends dialling; guarded by Net.mu
 
 	mu          sync.Mutex // guards what follows
-	last        *conn      // the newest stream let in; it may have ended
+	host        Host       // zero if the host is not in the roster any more
+	last        *conn      // the newest stream let in; it may have ended. All older ones are cancelled
 	replaced    []time.Time
 	refuseUntil time.Time
 	pause       *backoff.ExponentialBackOff
@@ -53,20 +54,47 @@ const (
 var (
 	errStopping = errors.New("this agent stops")
 	errReplaced = errors.New("a newer stream of the same host took its place")
+	errUnpinned = errors.New("its identity is not in the roster any more")
 	errClones   = errors.New("two agents seem to run with one identity")
 	errSelf     = errors.New("this host's own identity: the address leads back here, or another agent runs with the identity of this host")
 )
 
-func newLink(name protocol.HostID, h Host, cfg *Config) *link {
+// newLink is of a host that is not in the roster yet.
+func newLink(name protocol.HostID, cfg *Config) *link {
 	return &link{
-		name: name, host: h,
+		name:  name,
 		dials: cfg.Self < name,
+		stop:  func(error) {},
 		limit: rate.NewLimiter(rate.Limit(cfg.Rate), cfg.Burst),
 		pause: &backoff.ExponentialBackOff{
 			InitialInterval: pauseMin, MaxInterval: pauseMax, Multiplier: 2, RandomizationFactor: 0.5,
 		},
 		since: time.Now(),
 	}
+}
+
+// assign says what the roster has of the host, zero if it is gone. With another
+// identity it starts anew: nothing is sent on a stream of the former, which ends.
+func (l *link) assign(h Host) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	pin := l.host.Pin
+	l.host = h
+	if h.Pin == pin {
+		return
+	}
+	l.replaced, l.refuseUntil = nil, time.Time{}
+	l.pause.Reset()
+	l.current.Store(nil)
+	if l.last != nil {
+		l.last.cancel(errUnpinned)
+	}
+}
+
+func (l *link) address() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.host.Address
 }
 
 // dialForever keeps a stream to the peer until ctx ends.
@@ -87,7 +115,8 @@ func (n *Net) dialForever(ctx context.Context, l *link) {
 // there never was one.
 func (n *Net) dial(ctx context.Context, l *link) error {
 	soon, cancel := context.WithTimeout(ctx, n.cfg.Handshake)
-	raw, err := n.cfg.Dial(soon, l.host.Address)
+	address := l.address()
+	raw, err := n.cfg.Dial(soon, address)
 	cancel()
 	if err != nil {
 		return fmt.Errorf("host %q: %w", l.name, err)
@@ -96,7 +125,7 @@ func (n *Net) dial(ctx context.Context, l *link) error {
 	defer c.end()
 	_, hello, err := n.open(c, l)
 	if err != nil {
-		return fmt.Errorf("host %q at %s: %w", l.name, l.host.Address, err)
+		return fmt.Errorf("host %q at %s: %w", l.name, address, err)
 	}
 	return n.serve(ctx, l, c, hello)
 }
@@ -150,7 +179,7 @@ func (n *Net) failed(l *link, source netip.Prefix, err error) {
 	case l == nil && n.refused.allow(source):
 		n.cfg.Log.Log(context.Background(), level, "connection refused; no more of its source are logged for a minute", "err", err)
 	case l != nil && (l.failed(err) || clones):
-		n.cfg.Log.Log(context.Background(), level, "no new stream with peer", "host", l.name, "address", l.host.Address, "err", err)
+		n.cfg.Log.Log(context.Background(), level, "no new stream with peer", "host", l.name, "address", l.address(), "err", err)
 	}
 }
 
@@ -168,7 +197,7 @@ func (n *Net) serve(ctx context.Context, l *link, c *conn, hello *peerpb.Hello) 
 	l.drop(err, n.cfg.Silence)
 	c.wg.Wait()
 	level := slog.LevelWarn
-	if ctx.Err() != nil {
+	if ctx.Err() != nil || errors.Is(err, errUnpinned) {
 		level = slog.LevelInfo // nobody's fault
 	}
 	n.cfg.Log.Log(ctx, level, "peer down", "host", l.name, "err", err)
@@ -184,23 +213,29 @@ func (l *link) adopt(c *conn) error {
 		return err
 	}
 	if previous != nil {
-		previous.cancel(errReplaced)
 		<-previous.done
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.last != c {
-		return errReplaced // while it waited
+	if c.ctx.Err() != nil {
+		return context.Cause(c.ctx) // replaced or unpinned while it waited
 	}
 	l.current.Store(c)
 	l.since = time.Now()
 	return nil
 }
 
-// enlist makes c the newest stream and returns the one before.
+// enlist makes c the newest stream and ends the one before, which it returns. It
+// looks at the roster again, which may have changed since the handshake.
 func (l *link) enlist(c *conn) (previous *conn, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if c.ctx.Err() != nil {
+		return nil, context.Cause(c.ctx)
+	}
+	if c.pin != l.host.Pin {
+		return nil, errUnpinned
+	}
 	now := time.Now()
 	if now.Before(l.refuseUntil) {
 		return nil, fmt.Errorf("host %q is refused for another %v", l.name, l.refuseUntil.Sub(now).Round(time.Millisecond))
@@ -214,6 +249,9 @@ func (l *link) enlist(c *conn) (previous *conn, err error) {
 				errClones, l.name, cloneRefusal)
 		}
 		l.replaced = append(l.replaced, now)
+	}
+	if l.last != nil {
+		l.last.cancel(errReplaced)
 	}
 	previous, l.last = l.last, c
 	return previous, nil

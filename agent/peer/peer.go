@@ -1,10 +1,10 @@
 // Package peer carries frames between the agents of a fleet.
 //
 // Make a [Net] by [New], call [Net.Run] in a goroutine, send by [Net.Send] and
-// receive through a [Handler]. Every pair of hosts keeps one stream: TLS 1.3
-// with the identity keys of both, which the roster pins. No certificate
-// authority, name or date in a certificate counts; who sent a frame is what TLS
-// proved and never what the frame says.
+// receive through a [Handler]; [Net.SetHosts] takes up a newer roster. Every pair
+// of hosts keeps one stream: TLS 1.3 with the identity keys of both, which the
+// roster pins. No certificate authority, name or date in a certificate counts; who
+// sent a frame is what TLS proved and never what the frame says.
 //
 // The host with the smaller name (bytewise) dials and the other listens, so a
 // firewall must let every host in from those whose names are smaller. A lost
@@ -53,7 +53,7 @@ type Config struct {
 	// and once for every handshake, also for those of strangers, and may be
 	// called by several goroutines.
 	Identity crypto.Signer
-	Hosts    map[protocol.HostID]Host // every host of the roster, with Self
+	Hosts    map[protocol.HostID]Host // every host of the roster, with Self; later see [Net.SetHosts]
 	// Hello is the first frame of a stream; its Fleet is filled in. It is called
 	// by several goroutines.
 	Hello func() *peerpb.Hello
@@ -101,21 +101,25 @@ type Net struct {
 	cfg     Config
 	handler Handler
 	tls     *tls.Config
-	hosts   map[[32]byte]protocol.HostID // by pin, with this host
-	links   map[protocol.HostID]*link    // without this host
 	door    door
 	refused hush // log of strangers
+
+	mu     sync.RWMutex                 // guards what follows; taken before that of a link
+	hosts  map[[32]byte]protocol.HostID // by pin, with this host
+	links  map[protocol.HostID]*link    // without this host
+	former map[protocol.HostID]*link    // of hosts that left: one that comes back is not up before it was down
+	keep   func(*link)                  // keeps a stream to a new peer; nil unless Run runs
 }
 
 // New checks the configuration and makes the certificate.
 func New(cfg Config, handler Handler) (*Net, error) {
 	cfg.setDefaults()
-	n := &Net{cfg: cfg, handler: handler, hosts: map[[32]byte]protocol.HostID{}, links: map[protocol.HostID]*link{}}
+	n := &Net{cfg: cfg, handler: handler, links: map[protocol.HostID]*link{}, former: map[protocol.HostID]*link{}}
 	if err := n.check(); err != nil {
 		return nil, fmt.Errorf("peers: %w", err)
 	}
-	if err := n.addHosts(); err != nil {
-		return nil, fmt.Errorf("peers: %w", err)
+	if err := n.SetHosts(cfg.Hosts); err != nil {
+		return nil, err
 	}
 	cert, err := certificate(cfg.Self, cfg.Identity)
 	if err != nil {
@@ -172,33 +176,82 @@ func (n *Net) check() error {
 	return nil
 }
 
-// addHosts takes over the roster's hosts. Two hosts with one pin could not be
-// told apart.
-func (n *Net) addHosts() error {
-	for name, h := range n.cfg.Hosts {
-		if h.Pin == ([32]byte{}) {
-			return fmt.Errorf("host %q has no identity in the roster", name)
-		}
-		if other, ok := n.hosts[h.Pin]; ok {
-			return fmt.Errorf("hosts %q and %q have one identity in the roster", min(name, other), max(name, other))
-		}
-		n.hosts[h.Pin] = name
-		if name != n.cfg.Self {
-			n.links[name] = newLink(name, h, &n.cfg)
+// SetHosts takes the hosts of a newer roster in place of those before. It may be
+// called at any time, also by the handler. On an error nothing has changed.
+//
+// A host that is new is connected to. One that is gone, or has another identity
+// now, loses its stream: Send to it fails, no further Frame of it begins and, if
+// it was up, Down follows; SetHosts does not wait for it. Whoever proves the
+// former identity is a stranger, also if that began before. The stream of a host
+// with the same identity stays; a new address is for when it is lost.
+func (n *Net) SetHosts(hosts map[protocol.HostID]Host) error {
+	pins, err := n.checkHosts(hosts)
+	if err != nil {
+		return fmt.Errorf("peers: %w", err)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.hosts = pins
+	for name, l := range n.links {
+		if _, ok := hosts[name]; !ok {
+			delete(n.links, name)
+			n.former[name] = l
+			l.assign(Host{})
+			l.stop(errUnpinned)
 		}
 	}
-	own, ok := n.cfg.Hosts[n.cfg.Self]
+	for name, h := range hosts {
+		if l := n.links[name]; l != nil {
+			l.assign(h)
+		} else if name != n.cfg.Self {
+			n.addLink(name, h)
+		}
+	}
+	return nil
+}
+
+// addLink begins with a host that was no peer; mu is held.
+func (n *Net) addLink(name protocol.HostID, h Host) {
+	l := n.former[name]
+	if l == nil {
+		l = newLink(name, &n.cfg)
+	}
+	delete(n.former, name)
+	n.links[name] = l
+	l.assign(h)
+	if n.keep != nil {
+		n.keep(l)
+	}
+}
+
+// checkHosts returns the names by pin. Two hosts with one pin could not be told
+// apart.
+func (n *Net) checkHosts(hosts map[protocol.HostID]Host) (map[[32]byte]protocol.HostID, error) {
+	pins := map[[32]byte]protocol.HostID{}
+	for name, h := range hosts {
+		if h.Pin == ([32]byte{}) {
+			return nil, fmt.Errorf("host %q has no identity in the roster", name)
+		}
+		if other, ok := pins[h.Pin]; ok {
+			return nil, fmt.Errorf("hosts %q and %q have one identity in the roster", min(name, other), max(name, other))
+		}
+		if _, _, err := net.SplitHostPort(h.Address); err != nil {
+			return nil, fmt.Errorf("host %q has address %q in the roster, which is not host:port", name, h.Address)
+		}
+		pins[h.Pin] = name
+	}
+	own, ok := hosts[n.cfg.Self]
 	if !ok {
-		return fmt.Errorf("this host, %q, is not in the roster", n.cfg.Self)
+		return nil, fmt.Errorf("this host, %q, is not in the roster", n.cfg.Self)
 	}
 	spki, err := x509.MarshalPKIXPublicKey(n.cfg.Identity.Public())
 	if err != nil {
-		return fmt.Errorf("the identity key of host %q: %w", n.cfg.Self, err)
+		return nil, fmt.Errorf("the identity key of host %q: %w", n.cfg.Self, err)
 	}
 	if pin := sha256.Sum256(spki); pin != own.Pin {
-		return fmt.Errorf("the roster's identity of this host, %q, is %s, but its key is %s: peers would refuse it", n.cfg.Self, pinText(own.Pin), pinText(pin))
+		return nil, fmt.Errorf("the roster's identity of this host, %q, is %s, but its key is %s: peers would refuse it", n.cfg.Self, pinText(own.Pin), pinText(pin))
 	}
-	return nil
+	return pins, nil
 }
 
 // Run listens and dials until ctx ends, which is no error, or until nothing can
@@ -220,22 +273,44 @@ func (n *Net) Run(ctx context.Context) error {
 		<-ctx.Done()
 		_ = listener.Close() // ends accept
 	})
-	for _, l := range n.links {
+	n.setKeep(func(l *link) {
 		if l.dials {
+			ctx, stop := context.WithCancelCause(ctx)
+			l.stop = stop
 			wg.Go(func() { n.dialForever(ctx, l) })
 		}
-	}
+	})
+	defer n.setKeep(nil) // before wg.Wait
 	if err := n.accept(ctx, listener, &wg); ctx.Err() == nil {
 		return fmt.Errorf("peers: accepting on %s: %w", listener.Addr(), err)
 	}
 	return nil
 }
 
+// setKeep says what is done for each peer from now on, also those of now.
+func (n *Net) setKeep(keep func(*link)) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.keep = keep
+	for _, l := range n.links {
+		if keep != nil {
+			keep(l)
+		}
+	}
+}
+
+// peer returns the link of a host, or nil if the roster has no such peer.
+func (n *Net) peer(name protocol.HostID) *link {
+	n.mu.RLock()
+	defer n.mu.RUnlock()
+	return n.links[name]
+}
+
 // Send queues a frame for a peer and never blocks; the frame is encoded when it
 // returns. That nothing is wrong does not mean that the frame arrived. The error
 // is ErrDown, ErrFull or says what is wrong with the frame.
 func (n *Net) Send(to protocol.HostID, f *peerpb.Frame) error {
-	l := n.links[to]
+	l := n.peer(to)
 	if l == nil {
 		return fmt.Errorf("host %q is not a peer: %w", to, ErrDown)
 	}
@@ -260,6 +335,8 @@ type State struct {
 
 // States lists all peers by name.
 func (n *Net) States() []State {
+	n.mu.RLock()
+	defer n.mu.RUnlock()
 	var all []State
 	for _, l := range n.links {
 		all = append(all, l.state())

@@ -328,11 +328,12 @@ func TestNewRefuses(t *testing.T) {
 	}{
 		{"not in the roster", func(c *peer.Config) { delete(c.Hosts, "a") }},
 		{"has no identity", func(c *peer.Config) { c.Hosts["b"] = peer.Host{Address: "b:1"} }},
+		{`host "b" has address "b" in the roster, which is not host:port`, func(c *peer.Config) { c.Hosts["b"] = peer.Host{Address: "b", Pin: c.Hosts["b"].Pin} }},
 		{`hosts "a" and "b" have one identity`, func(c *peer.Config) { c.Hosts["b"] = c.Hosts["a"] }},
 		{"peers would refuse it", func(c *peer.Config) { c.Identity = newKey(t) }},
 		{"not ECDSA on P-256", func(c *peer.Config) {
 			c.Identity = p384
-			c.Hosts["a"] = peer.Host{Pin: pinOf(t, p384)}
+			c.Hosts["a"] = peer.Host{Address: "a:1", Pin: pinOf(t, p384)}
 		}},
 		{"identity and hello are needed", func(c *peer.Config) { c.Hello = nil }},
 		{"names of host and fleet", func(c *peer.Config) { c.Fleet = "" }},

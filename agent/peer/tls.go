@@ -55,7 +55,7 @@ func (n *Net) tlsConfig(cert tls.Certificate) *tls.Config {
 		InsecureSkipVerify:     true, // names and authorities do not count: VerifyConnection compares keys
 		SessionTicketsDisabled: true, // every stream proves both keys anew
 		VerifyConnection: func(cs tls.ConnectionState) error {
-			_, err := n.identify(cs)
+			_, _, err := n.identify(cs)
 			return err
 		},
 		DynamicRecordSizingDisabled: true, // it is for browsers; here whole frames matter
@@ -63,22 +63,24 @@ func (n *Net) tlsConfig(cert tls.Certificate) *tls.Config {
 }
 
 // identify says which host of the roster, maybe this one, the other end
-// presents. TLS calls for it before the other end has proved to hold the key:
+// presents, and the pin that says so. TLS calls for it before the other end has proved to hold the key:
 // blame and log only what is found after the handshake.
-func (n *Net) identify(cs tls.ConnectionState) (protocol.HostID, error) {
+func (n *Net) identify(cs tls.ConnectionState) (name protocol.HostID, pin [32]byte, err error) {
 	if cs.NegotiatedProtocol != wire {
-		return "", fmt.Errorf("the other end does not speak %s", wire)
+		return "", pin, fmt.Errorf("the other end does not speak %s", wire)
 	}
 	if len(cs.PeerCertificates) != 1 {
-		return "", fmt.Errorf("%d certificates instead of one", len(cs.PeerCertificates))
+		return "", pin, fmt.Errorf("%d certificates instead of one", len(cs.PeerCertificates))
 	}
 	// A pin is the hash of a public key: looking it up may take any time.
-	pin := sha256.Sum256(cs.PeerCertificates[0].RawSubjectPublicKeyInfo)
+	pin = sha256.Sum256(cs.PeerCertificates[0].RawSubjectPublicKeyInfo)
+	n.mu.RLock()
+	defer n.mu.RUnlock()
 	name, ok := n.hosts[pin]
 	if !ok {
-		return "", fmt.Errorf("identity %s is not in the roster", pinText(pin))
+		return "", pin, fmt.Errorf("identity %s is not in the roster", pinText(pin))
 	}
-	return name, nil
+	return name, pin, nil
 }
 
 func pinText(pin [32]byte) string { return "sha256:" + hex.EncodeToString(pin[:]) }
