@@ -237,10 +237,7 @@ type network struct{ a *Agent }
 // Up tells a peer what this host has of the keys they hold together.
 func (n network) Up(host protocol.HostID, hello *peerpb.Hello) {
 	a := n.a
-	a.peersMu.Lock()
-	a.peers[host] = hello.RosterVersion
-	a.peersMu.Unlock()
-	if hello.RosterVersion == a.roster.Version && string(hello.RosterDigest) != string(a.digest[:]) {
+	if a.greeted(host, hello) {
 		a.log.Error("two different rosters of one version", "peer", host, "version", a.roster.Version)
 	}
 	for _, k := range a.sorted {
@@ -249,6 +246,22 @@ func (n network) Up(host protocol.HostID, hello *peerpb.Hello) {
 		}
 	}
 	a.nudge()
+}
+
+// Hello takes up which roster a peer has now.
+func (n network) Hello(host protocol.HostID, hello *peerpb.Hello) {
+	if n.a.greeted(host, hello) {
+		n.a.complain("two different rosters of one version", "peer", host, "version", hello.RosterVersion)
+	}
+}
+
+// greeted notes which roster a peer has, and says whether it is another of the
+// version of this host's.
+func (a *Agent) greeted(host protocol.HostID, hello *peerpb.Hello) bool {
+	a.peersMu.Lock()
+	defer a.peersMu.Unlock()
+	a.peers[host] = hello.RosterVersion
+	return hello.RosterVersion == a.roster.Version && string(hello.RosterDigest) != string(a.digest[:])
 }
 
 // Down ends what was under way with a peer.

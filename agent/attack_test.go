@@ -31,6 +31,7 @@ type traitor struct {
 }
 
 func (tr *traitor) Up(h protocol.HostID, _ *peerpb.Hello) { tr.up <- h }
+func (tr *traitor) Hello(protocol.HostID, *peerpb.Hello)  {}
 func (tr *traitor) Down(protocol.HostID, error)           {}
 func (tr *traitor) Frame(from protocol.HostID, f *peerpb.Frame) {
 	if from == "alpha" && f.GetKey() == nil {

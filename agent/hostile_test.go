@@ -308,6 +308,8 @@ func (r *rogue) Up(h protocol.HostID, _ *peerpb.Hello) {
 	r.up[h] = true
 }
 
+func (r *rogue) Hello(protocol.HostID, *peerpb.Hello) {}
+
 func (r *rogue) Down(h protocol.HostID, _ error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -21,15 +21,17 @@ import (
 
 // conn is one connection. It ends with its context, whose cause says why.
 type conn struct {
-	tls    *tls.Conn
-	pin    [32]byte // what the other end proved to be; set by open
-	cfg    *Config
-	in     *bufio.Reader // owned by the goroutine that reads
-	queue  queue
-	ctx    context.Context
-	cancel context.CancelCauseFunc
-	wg     sync.WaitGroup // of the goroutines that it started
-	done   chan struct{}  // closed after its Down, or once it is certain that it has no Up
+	tls       *tls.Conn
+	pin       [32]byte // what the other end proved to be; set by open
+	cfg       *Config
+	in        *bufio.Reader // owned by the goroutine that reads
+	queue     queue
+	ctx       context.Context
+	cancel    context.CancelCauseFunc
+	greetings uint64         // those before its hello; set by open
+	greeting  sync.Mutex     // held from making a hello until it is queued
+	wg        sync.WaitGroup // of the goroutines that it started
+	done      chan struct{}  // closed after its Down, or once it is certain that it has no Up
 }
 
 const (
@@ -137,8 +139,8 @@ func (n *Net) greet(c *conn, name protocol.HostID, dialled bool) (*peerpb.Hello,
 	if hello == nil {
 		return nil, protocol.Faultf(name, "the first frame is not a hello")
 	}
-	if hello.Fleet != n.cfg.Fleet {
-		return nil, fmt.Errorf("host %q is of another fleet: %.64q instead of %q", name, hello.Fleet, n.cfg.Fleet)
+	if err := c.checkHello(name, f); err != nil {
+		return nil, err
 	}
 	if dialled {
 		err = n.sayHello(c)
@@ -146,11 +148,36 @@ func (n *Net) greet(c *conn, name protocol.HostID, dialled bool) (*peerpb.Hello,
 	return hello, err
 }
 
-func (n *Net) sayHello(c *conn) error {
+// checkHello checks a frame that is a hello.
+func (c *conn) checkHello(name protocol.HostID, f *peerpb.Frame) error {
+	if size := proto.Size(f); size > helloLimit {
+		return protocol.Faultf(name, "hello of %d bytes is over the limit of %d", size, helloLimit)
+	}
+	if fleet := f.GetHello().Fleet; fleet != c.cfg.Fleet {
+		return fmt.Errorf("host %q is of another fleet: %.64q instead of %q", name, fleet, c.cfg.Fleet)
+	}
+	return nil
+}
+
+func (n *Net) hello() *peerpb.Frame {
 	hello := &peerpb.Hello{}
 	proto.Merge(hello, n.cfg.Hello())
 	hello.Fleet = n.cfg.Fleet
-	b, err := appendFrame(nil, &peerpb.Frame{Body: &peerpb.Frame_Hello{Hello: hello}}, helloLimit)
+	return &peerpb.Frame{Body: &peerpb.Frame_Hello{Hello: hello}}
+}
+
+// greetAgain queues a hello on a stream that is up, never one older than the last.
+func (n *Net) greetAgain(c *conn) {
+	c.greeting.Lock()
+	defer c.greeting.Unlock()
+	if err := c.queue.add(n.hello(), helloLimit); err != nil {
+		c.cancel(fmt.Errorf("saying hello: %w", err))
+	}
+}
+
+func (n *Net) sayHello(c *conn) error {
+	c.greetings = n.greetings.Load()
+	b, err := appendFrame(nil, n.hello(), helloLimit)
 	if err == nil {
 		_, err = c.tls.Write(b)
 	}
@@ -173,7 +200,10 @@ func (c *conn) read(l *link, handler Handler) error {
 		}
 		switch f.Body.(type) {
 		case *peerpb.Frame_Hello:
-			return protocol.Faultf(l.name, "a second hello")
+			if err := c.checkHello(l.name, f); err != nil {
+				return err
+			}
+			handler.Hello(l.name, f.GetHello())
 		case *peerpb.Frame_Ping:
 			_ = c.queue.put(&peerpb.Frame{Body: &peerpb.Frame_Pong{Pong: &peerpb.Pong{}}}) // full: it hears of us anyway
 		case *peerpb.Frame_Pong:
@@ -241,7 +271,19 @@ func (q *queue) put(f *peerpb.Frame) error {
 	if q.frames >= q.length || len(q.buf) >= 4*q.limit {
 		return ErrFull
 	}
-	buf, err := appendFrame(q.buf, f, q.limit)
+	return q.append(f, q.limit)
+}
+
+// add puts a frame of at most limit bytes into the queue though it may be full.
+func (q *queue) add(f *peerpb.Frame, limit int) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.append(f, limit)
+}
+
+// append appends a frame; mu is held.
+func (q *queue) append(f *peerpb.Frame, limit int) error {
+	buf, err := appendFrame(q.buf, f, limit)
 	if err != nil {
 		return err
 	}

@@ -144,7 +144,7 @@ func (f *fleet) run(name protocol.HostID, n *peer.Net, rec *recorder, log *logBu
 
 // event is one call of a handler.
 type event struct {
-	kind  string // "up", "down", "frame"
+	kind  string // "up", "hello", "down", "frame"
 	host  protocol.HostID
 	hello *peerpb.Hello
 	err   error
@@ -175,12 +175,21 @@ func (r *recorder) Down(h protocol.HostID, err error) {
 }
 
 func (r *recorder) Frame(h protocol.HostID, f *peerpb.Frame) {
+	r.between(h)
+	r.events <- event{kind: "frame", host: h, frame: f}
+}
+
+func (r *recorder) Hello(h protocol.HostID, hello *peerpb.Hello) {
+	r.between(h)
+	r.events <- event{kind: "hello", host: h, hello: hello}
+}
+
+func (r *recorder) between(h protocol.HostID) {
 	r.mu.Lock()
+	defer r.mu.Unlock()
 	if !r.up[h] {
 		r.t.Errorf("a frame of %q outside Up and Down", h)
 	}
-	r.mu.Unlock()
-	r.events <- event{kind: "frame", host: h, frame: f}
 }
 
 func (r *recorder) flip(h protocol.HostID, up bool) {

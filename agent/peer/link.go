@@ -192,6 +192,9 @@ func (n *Net) serve(ctx context.Context, l *link, c *conn, hello *peerpb.Hello) 
 	}
 	n.cfg.Log.Info("peer up", "host", l.name, "from", c.tls.RemoteAddr().String())
 	c.wg.Go(c.write)
+	if n.greetings.Load() != c.greetings { // Greet did not find c yet
+		n.greetAgain(c)
+	}
 	n.handler.Up(l.name, hello)
 	err := c.fail(c.read(l, n.handler))
 	l.drop(err, n.cfg.Silence)

@@ -21,10 +21,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"conseal/agent/peer/peerpb"
@@ -54,8 +56,8 @@ type Config struct {
 	// called by several goroutines.
 	Identity crypto.Signer
 	Hosts    map[protocol.HostID]Host // every host of the roster, with Self; later see [Net.SetHosts]
-	// Hello is the first frame of a stream; its Fleet is filled in. It is called
-	// by several goroutines.
+	// Hello is the first frame of a stream, of at most 4 KiB, and what Greet sends;
+	// its Fleet is filled in. It is called by several goroutines.
 	Hello func() *peerpb.Hello
 
 	Listener net.Listener // Run closes it. Optional: by default, Listen is listened on
@@ -82,12 +84,14 @@ type Config struct {
 }
 
 // Handler is told what happens. The calls for one peer come one at a time and
-// in order: Up, any number of Frame, Down. Those for different peers come at
+// in order: Up, any number of Frame and Hello, Down. Those for different peers come at
 // the same time. While a call lasts nothing is read from that peer. Up and Down
 // are in the log already.
 type Handler interface {
 	// Up says that a stream is there: from now on Send works, also within Up.
 	Up(protocol.HostID, *peerpb.Hello)
+	// Hello hands over what the peer's Greet sent on a stream that is up.
+	Hello(protocol.HostID, *peerpb.Hello)
 	// Down says that it is lost and why. The error is a [*protocol.Fault] if the
 	// peer sent what no peer may send.
 	Down(protocol.HostID, error)
@@ -103,6 +107,8 @@ type Net struct {
 	tls     *tls.Config
 	door    door
 	refused hush // log of strangers
+
+	greetings atomic.Uint64 // calls of Greet
 
 	mu     sync.RWMutex                 // guards what follows; taken before that of a link
 	hosts  map[[32]byte]protocol.HostID // by pin, with this host
@@ -322,6 +328,20 @@ func (n *Net) Send(to protocol.HostID, f *peerpb.Frame) error {
 		return fmt.Errorf("host %q: %w", to, err)
 	}
 	return nil
+}
+
+// Greet sends the present Hello again on each stream that is up, also where the
+// queue is full. A stream that comes up meanwhile has it too.
+func (n *Net) Greet() {
+	n.greetings.Add(1)
+	n.mu.RLock()
+	links := slices.Collect(maps.Values(n.links))
+	n.mu.RUnlock() // Config.Hello may wait for a caller of SetHosts
+	for _, l := range links {
+		if c := l.current.Load(); c != nil {
+			n.greetAgain(c)
+		}
+	}
 }
 
 // State is what is known of the stream to a peer.

@@ -361,8 +361,9 @@ type echo struct {
 	once  sync.Once
 }
 
-func (e *echo) Up(protocol.HostID, *peerpb.Hello) { e.once.Do(func() { close(e.up) }) }
-func (e *echo) Down(protocol.HostID, error)       {}
+func (e *echo) Up(protocol.HostID, *peerpb.Hello)    { e.once.Do(func() { close(e.up) }) }
+func (e *echo) Hello(protocol.HostID, *peerpb.Hello) {}
+func (e *echo) Down(protocol.HostID, error)          {}
 func (e *echo) Frame(h protocol.HostID, f *peerpb.Frame) {
 	if e.reply {
 		_ = e.net.Send(h, f)

@@ -218,7 +218,7 @@ func (*Frame_Certificate) isFrame_Body() {}
 
 func (*Frame_Pong) isFrame_Body() {}
 
-// Hello is each side's first frame.
+// Hello is each side's first frame. It comes again when it has changed.
 type Hello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Fleet         string                 `protobuf:"bytes,1,opt,name=fleet,proto3" json:"fleet,omitempty"`
