@@ -2,7 +2,9 @@ package peer_test
 
 import (
 	"context"
+	"crypto/ecdsa"
 	"errors"
+	"io"
 	"maps"
 	"net"
 	"slices"
@@ -175,12 +177,15 @@ func TestSetHostsEndsFrames(t *testing.T) {
 		name  string
 		hosts func(*fleet) map[protocol.HostID]peer.Host
 		ends  bool
+		next  func(*fleet) *ecdsa.PrivateKey // who comes then
 	}{
-		{"stays", func(f *fleet) map[protocol.HostID]peer.Host { return f.readdress("a", "a:1") }, false},
-		{"gone", func(f *fleet) map[protocol.HostID]peer.Host { return f.only("b") }, true},
+		{"stays", func(f *fleet) map[protocol.HostID]peer.Host { return f.readdress("a", "a:1") }, false, nil},
+		{"gone", func(f *fleet) map[protocol.HostID]peer.Host { return f.only("b") }, true, nil},
+		{"gone and back", func(f *fleet) map[protocol.HostID]peer.Host { return f.only("b") }, true,
+			func(f *fleet) *ecdsa.PrivateKey { return f.keys["a"] }},
 		{"another identity", func(f *fleet) map[protocol.HostID]peer.Host {
 			return f.with("a", func(h *peer.Host) { h.Pin = pinOf(t, successor) })
-		}, true},
+		}, true, func(*fleet) *ecdsa.PrivateKey { return successor }},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -207,8 +212,15 @@ func TestSetHostsEndsFrames(t *testing.T) {
 			if err := b.Send("a", step("s", 1, nil)); errors.Is(err, peer.ErrDown) != test.ends {
 				t.Errorf("Send: got %v", err)
 			}
-			if test.name == "another identity" {
-				f.raw("b", certFor(t, successor, "a")).greet("test") // must wait
+			if test.next != nil {
+				b.set(f.with("a", func(h *peer.Host) { h.Pin = pinOf(t, test.next(f)) }))
+				closed := make(chan struct{}, 2)
+				for range 2 { // must wait; that one took the other's place shows that both got as far as that
+					s := f.raw("b", certFor(t, test.next(f), "a"))
+					s.greet("test")
+					go func() { _, _ = io.Copy(io.Discard, s); closed <- struct{}{} }()
+				}
+				<-closed
 				b.next("frame", "a")
 				b.quiet()
 				leave()
