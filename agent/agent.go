@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -45,7 +44,6 @@ type Options struct {
 type Agent struct {
 	self                protocol.HostID
 	config              *config.Host
-	roster              *config.Roster
 	protector           vault.Protector
 	seal                SealControl
 	identity            crypto.Signer
@@ -53,10 +51,9 @@ type Agent struct {
 	erasure, erasureWhy string
 	log                 *slog.Logger
 	started             time.Time
-	digest              [32]byte // of the roster
+	told                atomic.Pointer[told]
+	taking              sync.Mutex // held while a roster is taken up
 
-	keys     map[string]*key // by name; the map does not change
-	sorted   []*key          // by name
 	net      *peer.Net
 	ledger   *ledger
 	sessions *sessions
@@ -72,7 +69,8 @@ type Agent struct {
 	vaultError atomic.Pointer[string]
 	vaultRetry retry       // owned by reconcile
 	vaultNow   atomic.Bool // do not wait for vaultRetry
-	resealed   bool        // owned by reconcile
+	// resealAgain: shares may not rest as the roster says.
+	resealAgain atomic.Bool
 
 	complaints complaints
 
@@ -87,55 +85,27 @@ func New(o Options) (*Agent, error) {
 		return nil, errors.New("the roster is not signed: this version runs with unsigned rosters only, and only where the configuration says `insecure_lab = true`")
 	}
 	a := &Agent{
-		self: protocol.HostID(o.Config.Name), config: o.Config, roster: o.Roster, protector: o.Protector, seal: o.Seal,
-		identity: o.Identity, version: o.Version, erasure: o.Erasure, erasureWhy: o.ErasureWhy, log: o.Log, started: time.Now(), digest: o.Roster.Digest(),
-		keys: map[string]*key{}, wake: make(chan struct{}, 1), peers: map[protocol.HostID]uint64{},
+		self: protocol.HostID(o.Config.Name), config: o.Config, protector: o.Protector, seal: o.Seal,
+		identity: o.Identity, version: o.Version, erasure: o.Erasure, erasureWhy: o.ErasureWhy, log: o.Log, started: time.Now(),
+		wake: make(chan struct{}, 1), peers: map[protocol.HostID]uint64{},
 		sessions:   newSessions(o.Config.Limits.SessionsPerPeer),
 		callers:    newCallerLimits(o.Config.Limits.CallerRate),
 		complaints: complaints{limit: rate.NewLimiter(10, 50)},
 	}
-	if err := a.checkIdentity(); err != nil {
+	if err := a.checkSelf(o.Roster); err != nil {
 		return nil, err
 	}
-	for _, entry := range o.Roster.Keys {
-		if !slices.Contains(entry.Hosts, o.Config.Name) {
-			continue
-		}
-		k, err := newKey(entry, o.Roster)
-		if err != nil {
-			return nil, err
-		}
-		a.keys[entry.Name] = k
+	t, err := a.read(o.Roster)
+	if err != nil {
+		return nil, err
 	}
-	for _, name := range slices.Sorted(maps.Keys(a.keys)) {
-		a.sorted = append(a.sorted, a.keys[name])
-	}
+	a.told.Store(t)
+	a.resealAgain.Store(true)
 	if err := a.network(); err != nil {
 		return nil, err
 	}
-	var err error
 	a.ledger, err = openLedger(o.Config.State)
 	return a, err
-}
-
-// checkIdentity refuses a roster that does not know this host as it is.
-func (a *Agent) checkIdentity() error {
-	host, ok := a.roster.Host(string(a.self))
-	if !ok {
-		return fmt.Errorf("roster %s has no host %q: the configuration's `name` and the roster must agree", a.config.Roster, a.self)
-	}
-	pin, err := config.PinOf(a.identity.Public())
-	if err != nil {
-		return err
-	}
-	if pin != host.Identity {
-		return fmt.Errorf("roster %s pins identity %s for host %q, but this host's is %s: put that into the roster, or find out whose machine this is",
-			a.config.Roster, host.Identity, a.self, pin)
-	}
-	if host.Protector != a.config.Protector.Kind {
-		return fmt.Errorf("roster %s says that host %q has protector %q, its configuration says %q", a.config.Roster, a.self, host.Protector, a.config.Protector.Kind)
-	}
-	return nil
 }
 
 // maxFrame is the same on all hosts, whatever message each of them takes: the
@@ -143,15 +113,11 @@ func (a *Agent) checkIdentity() error {
 const maxFrame = 4<<20 + 64<<10
 
 func (a *Agent) network() error {
-	hosts := map[protocol.HostID]peer.Host{}
-	for _, h := range a.roster.Hosts {
-		hosts[protocol.HostID(h.Name)] = peer.Host{Address: h.Address, Pin: h.Identity}
-	}
 	var err error
 	a.net, err = peer.New(peer.Config{
-		Self: a.self, Fleet: a.roster.Fleet, Identity: a.identity, Listen: a.config.Listen.Address, Hosts: hosts,
+		Self: a.self, Fleet: a.roster().Fleet, Identity: a.identity, Listen: a.config.Listen.Address, Hosts: peerHosts(a.roster()),
 		Hello: func() *peerpb.Hello {
-			return &peerpb.Hello{Fleet: a.roster.Fleet, RosterVersion: a.roster.Version, RosterDigest: a.digest[:]}
+			return &peerpb.Hello{Fleet: a.roster().Fleet, RosterVersion: a.roster().Version, RosterDigest: a.rosterDigest()}
 		},
 		MaxFrame: maxFrame, Rate: a.config.Limits.PeerRate, Log: a.log,
 	}, network{a})
@@ -166,7 +132,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer func() {
 		cancel(nil)
 		a.tasks.Wait()
-		for _, k := range a.sorted {
+		for _, k := range a.keys() {
 			if act := k.active.Load(); act != nil {
 				act.close()
 			}
@@ -192,7 +158,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	run("peers", a.net.Run)
 	run("presignatures", func(ctx context.Context) error { a.keepStock(ctx); return nil })
 	run("reconcile", func(ctx context.Context) error { a.reconcile(ctx); return nil })
-	a.log.Info("running", "host", a.self, "fleet", a.roster.Fleet, "roster", a.roster.Version, "protector", a.protector.Name(),
+	a.log.Info("running", "host", a.self, "fleet", a.roster().Fleet, "roster", a.roster().Version, "protector", a.protector.Name(),
 		"peers", a.config.Listen.Address, "sign", a.config.Listen.SignSocket, "admin", a.config.Listen.AdminSocket)
 	<-ctx.Done()
 	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
@@ -238,10 +204,10 @@ type network struct{ a *Agent }
 func (n network) Up(host protocol.HostID, hello *peerpb.Hello) {
 	a := n.a
 	if a.greeted(host, hello) {
-		a.log.Error("two different rosters of one version", "peer", host, "version", a.roster.Version)
+		a.log.Error("two different rosters of one version", "peer", host, "version", hello.RosterVersion)
 	}
-	for _, k := range a.sorted {
-		if k.holds(host) {
+	for _, k := range a.keys() {
+		if a.mine(k) && k.concerns(host) {
 			a.tell(host, k)
 		}
 	}
@@ -261,7 +227,7 @@ func (a *Agent) greeted(host protocol.HostID, hello *peerpb.Hello) bool {
 	a.peersMu.Lock()
 	defer a.peersMu.Unlock()
 	a.peers[host] = hello.RosterVersion
-	return hello.RosterVersion == a.roster.Version && string(hello.RosterDigest) != string(a.digest[:])
+	return hello.RosterVersion == a.roster().Version && string(hello.RosterDigest) != string(a.rosterDigest())
 }
 
 // Down ends what was under way with a peer.
@@ -270,10 +236,7 @@ func (n network) Down(host protocol.HostID, cause error) {
 	a.peersMu.Lock()
 	delete(a.peers, host)
 	a.peersMu.Unlock()
-	for _, k := range a.sorted {
-		if !k.holds(host) {
-			continue
-		}
+	for _, k := range a.keys() {
 		k.lost(host)
 		if act := k.active.Load(); act != nil {
 			act.stock.drop(host)
@@ -295,7 +258,7 @@ func (n network) Frame(from protocol.HostID, f *peerpb.Frame) {
 		}
 		a.sessions.deliver(body.Step.Session, event{from: from, step: body.Step})
 	case *peerpb.Frame_End:
-		a.sessions.deliver(body.End.Session, event{from: from, err: &partyError{from, clean(body.End.Reason), clean(body.End.Text)}})
+		a.sessions.deliver(body.End.Session, event{from: from, err: &partyError{from, clean(body.End.Reason), clean(body.End.Text), body.End.Complaint}})
 	case *peerpb.Frame_Open:
 		err = a.opened(from, body.Open)
 	case *peerpb.Frame_Key:
@@ -347,12 +310,14 @@ func (a *Agent) opened(from protocol.HostID, open *peerpb.Open) error {
 		_ = a.net.Send(from, endFrame(b.ID(), reasonBusy, "too many sessions under way")) // it may be gone
 		return nil
 	}
-	k := a.keys[b.Key]
+	k := a.key(b.Key)
 	parties := []protocol.HostID{from}
 	switch {
 	case k == nil:
 	case b.Operation == "keygen":
-		parties = k.holders
+		parties = k.holders()
+	case b.Operation == opReshare:
+		parties = slices.DeleteFunc(slices.Clone(b.Parties), func(h protocol.HostID) bool { return !k.declared.Load().has(h) })
 	case k.scheme.traits().mesh:
 		parties = slices.DeleteFunc(slices.Clone(b.Parties), func(h protocol.HostID) bool { return !k.holds(h) })
 		if !slices.Contains(parties, from) {
@@ -364,7 +329,7 @@ func (a *Agent) opened(from protocol.HostID, open *peerpb.Open) error {
 		defer a.sessions.release(from)
 		var err error
 		if busy != nil {
-			err = &partyError{a.self, reasonBusy, busy.Error()}
+			err = &partyError{host: a.self, reason: reasonBusy, text: busy.Error()}
 		} else {
 			defer a.sessions.close(box)
 			err = a.join(from, k, b, open, box)
@@ -378,6 +343,8 @@ func (a *Agent) opened(from protocol.HostID, open *peerpb.Open) error {
 		switch {
 		case errors.Is(err, errLedger):
 			reason = reasonNoLedger
+		case errors.Is(err, errOver):
+			reason = reasonBehind
 		case errors.Is(err, errSealed):
 			reason = reasonSealed
 		case errors.As(err, &party) && party.reason != "":
@@ -391,27 +358,36 @@ func (a *Agent) opened(from protocol.HostID, open *peerpb.Open) error {
 func (a *Agent) join(from protocol.HostID, k *key, b *protocol.Binding, open *peerpb.Open, box *inbox) error {
 	switch {
 	case k == nil:
-		return &partyError{a.self, reasonDiffers, fmt.Sprintf("its roster gives it no key %q", b.Key)}
+		return &partyError{host: a.self, reason: reasonDiffers, text: fmt.Sprintf("its roster gives it no key %q", b.Key)}
 	case b.Operation == opPresign:
 		return a.joinPresign(a.ctx, from, k, b, box)
 	case signs(b.Operation):
 		return a.joinSign(a.ctx, from, k, b, open.Message, box)
+	case b.Operation == opReshare:
+		return a.joinReshare(a.ctx, from, k, b, open, box)
 	case b.Operation == "keygen":
 		return a.joinKeygen(a.ctx, from, k, b, open.Staged, box)
 	}
-	return &partyError{a.self, reasonDiffers, fmt.Sprintf("it does not know operation %q", b.Operation)}
+	return &partyError{host: a.self, reason: reasonDiffers, text: fmt.Sprintf("it does not know operation %q", b.Operation)}
 }
 
 // offer sends a certificate that a peer asked for.
 func (a *Agent) offer(to protocol.HostID, want *peerpb.CertificateRequest) {
-	k := a.keys[want.Key]
-	if k == nil || !k.holds(to) || k.id.Incarnation != want.Incarnation {
+	if k := a.key(want.Key); k != nil && k.id.Incarnation == want.Incarnation {
+		a.offerKnown(k, to)
+	}
+}
+
+// offerKnown sends the highest certificate of a key. It is no secret among the hosts.
+func (a *Agent) offerKnown(k *key, to protocol.HostID) {
+	k.mu.Lock()
+	n := k.known
+	k.mu.Unlock()
+	if n == nil {
 		return
 	}
-	if act := k.active.Load(); act != nil {
-		if encoded, err := act.certificate.Encode(); err == nil {
-			_ = a.net.Send(to, &peerpb.Frame{Body: &peerpb.Frame_Certificate{Certificate: &peerpb.CertificateOffer{Certificate: encoded}}})
-		}
+	if encoded, err := n.certificate.Encode(); err == nil {
+		_ = a.net.Send(to, &peerpb.Frame{Body: &peerpb.Frame_Certificate{Certificate: &peerpb.CertificateOffer{Certificate: encoded}}})
 	}
 }
 
@@ -421,8 +397,8 @@ func (a *Agent) offered(from protocol.HostID, offer *peerpb.CertificateOffer) er
 	if err != nil {
 		return err
 	}
-	k, v := a.keys[c.Subject.Key.Name], a.vault.Load()
-	if k == nil || v == nil || k.active.Load() != nil || !a.sessions.admit(from) {
+	k, v := a.key(c.Subject.Key.Name), a.vault.Load()
+	if k == nil || v == nil || !a.sessions.admit(from) {
 		return nil
 	}
 	a.tasks.Go(func() {

@@ -11,6 +11,9 @@ import (
 // errSealed is the error of a session whose share the hardware does not open.
 var errSealed = errors.New("sealed")
 
+// errOver is the error of a session that is late: its epoch has been replaced.
+var errOver = errors.New("the epoch is over")
+
 // custody is how this host has the share of an active epoch: opened as long as the
 // epoch lasts, for a time after each opening, or for one session.
 type custody struct {
@@ -23,6 +26,8 @@ type custody struct {
 
 	mu      sync.Mutex // guards what follows
 	closed  bool
+	ended   bool               // no session begins any more
+	users   int                // sessions that have held
 	current *loan              // what sessions that begin join; nil if none
 	loans   map[*loan]struct{} // what is opened
 	refused error              // what the hardware said at the last opening; nil if it opened
@@ -45,7 +50,7 @@ func newCustody(keep time.Duration, open func(context.Context) (shareholder, err
 // hardware has to be asked, that is here; an error is [errSealed].
 func (c *custody) borrow(ctx context.Context) (share shareholder, done func(), err error) {
 	if c.held != nil {
-		return c.held, func() {}, nil
+		return c.lendHeld()
 	}
 	l := c.join()
 	if l == nil && c.keep > 0 {
@@ -63,6 +68,39 @@ func (c *custody) borrow(ctx context.Context) (share shareholder, done func(), e
 		}
 	}
 	return l.shareholder, func() { c.release(l) }, nil
+}
+
+// lendHeld lends the share that is opened for good.
+func (c *custody) lendHeld() (share shareholder, done func(), err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ended || c.closed {
+		return nil, nil, errOver
+	}
+	c.users++
+	return c.held, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.users--; c.users == 0 && c.ended {
+			c.held.close()
+		}
+	}, nil
+}
+
+// end lets the sessions that have the share finish, for as long as one may last. None
+// begins any more.
+func (c *custody) end(last time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ended || c.closed {
+		return
+	}
+	c.ended = true
+	c.retire()
+	if c.held != nil && c.users == 0 {
+		c.held.close()
+	}
+	time.AfterFunc(last, c.close)
 }
 
 // join takes part in the loan that is current; nil if there is none.
@@ -87,9 +125,9 @@ func (c *custody) ask(ctx context.Context) (*loan, error) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed {
+	if c.closed || c.ended {
 		share.close()
-		return nil, errors.New("the epoch is over")
+		return nil, errOver
 	}
 	l := &loan{shareholder: share, needs: 1}
 	c.loans[l] = struct{}{}

@@ -339,11 +339,11 @@ func TestSlowHardwareStopsNoOtherKey(t *testing.T) {
 	l.start("gamma", "beta", "alpha")
 	l.untilActive("alpha", "beta", "gamma")
 	for name, h := range l.hosts {
-		l.until("the other key is active on "+name, func() bool { return h.agent.keys["other"].active.Load() != nil })
+		l.until("the other key is active on "+name, func() bool { return h.agent.told.Load().keys["other"].active.Load() != nil })
 	}
 	asked, answer := make(chan struct{}, 1), make(chan struct{})
 	alpha := l.hosts["alpha"]
-	l.until("alpha knows who has the other key", func() bool { return len(alpha.agent.keys["other"].live("alpha")) == 3 })
+	l.until("alpha knows who has the other key", func() bool { return len(alpha.agent.told.Load().keys["other"].live("alpha")) == 3 })
 	alpha.protector.mu.Lock()
 	alpha.protector.onOpen = func(string) error {
 		asked <- struct{}{}
@@ -358,7 +358,7 @@ func TestSlowHardwareStopsNoOtherKey(t *testing.T) {
 	}()
 	<-asked
 	for range 3 {
-		k := alpha.agent.keys["other"]
+		k := alpha.agent.told.Load().keys["other"]
 		_, err := alpha.agent.sign(l.ctx, &request{k: k, act: k.active.Load(), message: []byte("m"), digest: sha256.Sum256([]byte("m"))})
 		ok(t, err)
 	}
@@ -393,7 +393,7 @@ func TestNoPresignaturesUnlessHeld(t *testing.T) {
 		l.setOpen(open)
 		l.start("beta")
 		l.untilActive("beta")
-		if own, keep := l.key("beta").active.Load().share.held, l.key("beta").entry.Open; own != nil {
+		if own, keep := l.key("beta").active.Load().share.held, l.key("beta").entry().Open; own != nil {
 			t.Errorf("beta holds a share of which the roster says %q", keep)
 		}
 		var party *partyError

@@ -112,9 +112,9 @@ func shareFiles(t *testing.T, h *testenv.Host) int {
 	return len(files)
 }
 
-// failpoints are all places where an agent may be killed in a birth, from the
-// sources, so that none is forgotten.
-func failpoints(t *testing.T) (names []string) {
+// failpoints are all places where an agent may be killed in a new epoch, but others,
+// from the sources, so that none is forgotten.
+func failpoints(t *testing.T, others ...string) (names []string) {
 	t.Helper()
 	hit := regexp.MustCompile(`failpoint\.Hit\("([^"]+)"\)`)
 	write := regexp.MustCompile(`writeFile\([^\n]*"(vault/[a-z]+)"\)`)
@@ -137,9 +137,10 @@ func failpoints(t *testing.T) (names []string) {
 	if len(names) < 12 {
 		t.Fatalf("found only %q", names)
 	}
-	// Creating a vault, sealing shares anew, and signing, are not part of a birth.
+	// Creating a vault, sealing shares anew, and signing, are no part of a new epoch.
 	return slices.DeleteFunc(names, func(n string) bool {
-		return strings.HasPrefix(n, "vault/class") || strings.HasPrefix(n, "vault/mark") || strings.HasPrefix(n, "vault/reseal") || strings.HasPrefix(n, "sign/")
+		return strings.HasPrefix(n, "vault/class") || strings.HasPrefix(n, "vault/mark") || strings.HasPrefix(n, "vault/reseal") || strings.HasPrefix(n, "sign/") ||
+			slices.Contains(others, n)
 	})
 }
 
@@ -150,7 +151,7 @@ func TestCrashAtEachFailpoint(t *testing.T) {
 	must(t, f.Start(ctx))
 	must(t, f.WaitReady(ctx, "first"))
 	keys := 1
-	for i, point := range failpoints(t) {
+	for i, point := range failpoints(t, "reshare/before-start", "reshare/done") {
 		victim := f.Hosts[i%len(f.Hosts)]
 		must(t, f.Stop(ctx))
 		name := fmt.Sprintf("key%d", keys)
@@ -184,6 +185,63 @@ func TestCrashAtEachFailpoint(t *testing.T) {
 			if got := shareFiles(t, h); got != keys {
 				t.Errorf("after %s on %s, %s has %d share files for %d keys", point, victim.Name, h.Name, got, keys)
 			}
+		}
+	}
+}
+
+// TestCrashAtEachFailpointOfRefresh kills an agent at every named place of a refresh, of
+// who leads it or of another. Each time the fleet gets by itself, or by the next refresh,
+// to one epoch of the same key, of which every host holds one share.
+func TestCrashAtEachFailpointOfRefresh(t *testing.T) {
+	ctx, f := newFleet(t, "-tags", "failpoints")
+	must(t, f.Start(ctx))
+	must(t, f.WaitReady(ctx, "first"))
+	epoch := func(h *testenv.Host) [2]uint64 {
+		k, err := h.Client().GetKey(ctx, "first")
+		must(t, err)
+		return [2]uint64{k.EpochRoster, k.EpochAttempt}
+	}
+	first, err := f.Hosts[0].Client().GetKey(ctx, "first")
+	must(t, err)
+	for i, point := range failpoints(t, "keygen/before-start", "keygen/done") {
+		victim, leader := f.Hosts[i%3], f.Hosts[i%2]
+		before := epoch(leader)
+		must(t, victim.Stop(ctx))
+		log := filepath.Join(f.Dir, "hit")
+		os.Remove(log)
+		victim.Env = []string{"FAILPOINT=" + point, "FAILPOINT_LOG=" + log}
+		must(t, victim.Start(ctx))
+		must(t, f.WaitReady(ctx, "first"))
+		asked := make(chan error, 1)
+		go func() { _, err := leader.Client().Refresh(ctx, "first"); asked <- err }()
+		select {
+		case <-victim.Process().Done():
+		case <-ctx.Done():
+			t.Fatalf("failpoint %s was not reached on %s", point, victim.Name)
+		}
+		if hit, err := os.ReadFile(log); err != nil || strings.TrimSpace(string(hit)) != point {
+			t.Fatalf("failpoint %s on %s: hit %q, %v", point, victim.Name, hit, err)
+		}
+		victim.Kill()
+		victim.Env = nil
+		must(t, victim.Start(ctx))
+		if err := <-asked; err != nil && leader != victim {
+			t.Errorf("after %s on %s: the refresh by %s: %v", point, victim.Name, leader.Name, err)
+		}
+		must(t, f.WaitReady(ctx, "first"))
+		if _, err := leader.Client().Refresh(ctx, "first"); err != nil {
+			t.Fatalf("after %s on %s: %v", point, victim.Name, err)
+		}
+		now := epoch(leader)
+		if now == before {
+			t.Fatalf("after %s on %s: still at epoch %v", point, victim.Name, now)
+		}
+		for _, h := range f.Hosts {
+			waitFor(ctx, t, h.Name+" has one share, of the epoch that the others have", func() bool { return epoch(h) == now && shareFiles(t, h) == 1 })
+		}
+		checkKey(ctx, t, f, "first")
+		if k, err := victim.Client().GetKey(ctx, "first"); err != nil || !bytes.Equal(k.PublicKey, first.PublicKey) {
+			t.Fatalf("after %s on %s: another key: %v", point, victim.Name, err)
 		}
 	}
 }
@@ -776,4 +834,16 @@ func rootsOf(ctx context.Context, t *testing.T, h *testenv.Host) uint64 {
 	must(t, err)
 	defer v.Close()
 	return v.Stats().Roots
+}
+
+// waitFor waits for something that comes by itself.
+func waitFor(ctx context.Context, t *testing.T, what string, there func() bool) {
+	t.Helper()
+	for !there() {
+		select {
+		case <-ctx.Done():
+			t.Fatalf("in vain: %s", what)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
 }

@@ -17,10 +17,11 @@ import (
 func TestLaterHello(t *testing.T) {
 	var log bytes.Buffer
 	a := &Agent{
-		roster: &config.Roster{Version: 3}, digest: [32]byte{1}, log: slog.New(slog.NewTextHandler(&log, nil)),
+		log:   slog.New(slog.NewTextHandler(&log, nil)),
 		peers: map[protocol.HostID]uint64{"beta": 2}, complaints: complaints{limit: rate.NewLimiter(10, 50)},
 	}
-	for version, digest := range map[uint64][]byte{4: make([]byte, 32), 3: a.digest[:]} {
+	a.told.Store(&told{roster: &config.Roster{Version: 3}, digest: [32]byte{1}})
+	for version, digest := range map[uint64][]byte{4: make([]byte, 32), 3: a.rosterDigest()} {
 		network{a}.Hello("beta", &peerpb.Hello{RosterVersion: version, RosterDigest: digest})
 		if got := a.peers["beta"]; got != version || log.Len() > 0 {
 			t.Errorf("got version %d, want %d; log %q", got, version, log.String())

@@ -210,7 +210,7 @@ func born(t testing.TB, users ...string) *lab {
 	return l
 }
 
-func (l *lab) key(name string) *key { return l.hosts[name].agent.keys["first"] }
+func (l *lab) key(name string) *key { return l.hosts[name].agent.told.Load().keys["first"] }
 
 func (l *lab) untilActive(names ...string) {
 	l.t.Helper()
@@ -262,8 +262,8 @@ func (l *lab) untilLogged(host string, words ...string) {
 func (l *lab) sign(host string, message []byte) ([]string, error) {
 	l.t.Helper()
 	a := l.hosts[host].agent
-	act := a.keys["first"].active.Load()
-	r, err := a.sign(l.ctx, &request{k: a.keys["first"], act: act, message: message, digest: sha256.Sum256(message)})
+	act := a.key("first").active.Load()
+	r, err := a.sign(l.ctx, &request{k: a.key("first"), act: act, message: message, digest: sha256.Sum256(message)})
 	if err != nil {
 		return nil, err
 	}
@@ -321,7 +321,7 @@ func (r *rogue) Frame(from protocol.HostID, f *peerpb.Frame) {
 	case *peerpb.Frame_Step:
 		r.sessions.deliver(body.Step.Session, event{from: from, step: body.Step})
 	case *peerpb.Frame_End:
-		r.sessions.deliver(body.End.Session, event{from: from, err: &partyError{from, body.End.Reason, body.End.Text}})
+		r.sessions.deliver(body.End.Session, event{from: from, err: &partyError{host: from, reason: body.End.Reason, text: body.End.Text}})
 	}
 	r.mu.Lock()
 	r.frames = append(r.frames, heardFrame{from, f})
@@ -348,7 +348,9 @@ func (l *lab) betray(name string) *rogue {
 		ok(l.t, h.stop())
 	}
 	entry, _ := l.roster.Key("first")
-	k, err := newKey(*entry, l.roster)
+	d, err := declare(*entry, l.roster)
+	ok(l.t, err)
+	k, err := newKey(d)
 	ok(l.t, err)
 	r := &rogue{lab: l, self: protocol.HostID(name), key: k, sessions: newSessions(1), up: map[protocol.HostID]bool{}}
 	hosts := map[protocol.HostID]peer.Host{}
@@ -429,7 +431,7 @@ func (r *rogue) all(match func(protocol.HostID, *peerpb.Frame) bool) (found []*p
 func (r *rogue) says(change func(*peerpb.KeyStatus), to ...protocol.HostID) {
 	r.t.Helper()
 	for _, h := range to {
-		s := &peerpb.KeyStatus{Key: "first", Incarnation: 1, Entry: r.key.digest[:]}
+		s := &peerpb.KeyStatus{Key: "first", Incarnation: 1, Entry: digestOf(r.key)}
 		change(s)
 		r.send(h, &peerpb.Frame{Body: &peerpb.Frame_Key{Key: s}})
 	}
@@ -472,7 +474,7 @@ func stepOf(id protocol.SessionID, round uint32) func(*peerpb.Frame) bool {
 
 // signing is a binding that the others accept, as they know the key.
 func (r *rogue) signing(witness string, message []byte, parties ...protocol.HostID) *protocol.Binding {
-	k := r.hosts[witness].agent.keys["first"]
+	k := r.hosts[witness].agent.told.Load().keys["first"]
 	var nonce [32]byte
 	rand.Read(nonce[:])
 	b := r.hosts[witness].agent.signBinding(opSign, k, k.active.Load(), parties, sha256.Sum256(message), nonce)
@@ -501,18 +503,18 @@ func (r *rogue) share() shareholder {
 // claim says that the rogue has the share that the others sign with.
 func (r *rogue) claim(witness string) {
 	r.t.Helper()
-	act := r.hosts[witness].agent.keys["first"].active.Load()
+	act := r.hosts[witness].agent.told.Load().keys["first"].active.Load()
 	r.says(func(s *peerpb.KeyStatus) {
 		s.Active, s.Certificate = number(act.certificate.Subject.Number), act.id[:]
 	}, r.others()...)
 	for _, h := range r.others() {
-		k := r.hosts[string(h)].agent.keys["first"]
+		k := r.hosts[string(h)].agent.told.Load().keys["first"]
 		r.until("the claim is heard", func() bool { return slices.Contains(k.live(h), r.self) })
 	}
 }
 
 func (r *rogue) others() []protocol.HostID {
-	return slices.DeleteFunc(slices.Clone(r.key.holders), func(h protocol.HostID) bool { return h == r.self })
+	return slices.DeleteFunc(slices.Clone(r.key.holders()), func(h protocol.HostID) bool { return h == r.self })
 }
 
 // prefer makes a host ask another last.
@@ -824,7 +826,7 @@ func TestForgedCertificates(t *testing.T) {
 	u.start("alpha", "gamma")
 	r := u.betray("beta")
 
-	subject := u.key("alpha").subject("lab", epoch.Staged{Number: vault.Number{Roster: 1, Attempt: 1}, Output: epoch.OutputDigest("ed25519", true1.Public)})
+	subject := u.key("alpha").subject("lab", epoch.Staged{Number: vault.Number{Roster: 1, Attempt: 1}, Output: epoch.OutputDigest("ed25519", true1.Public)}, [32]byte{})
 	forged := func(change func(*epoch.Certificate), signers ...string) *peerpb.Frame {
 		c := &epoch.Certificate{Subject: subject, Public: true1.Public}
 		for i, name := range []string{"alpha", "beta", "gamma"} {
@@ -861,7 +863,7 @@ func TestForgedCertificates(t *testing.T) {
 		"a parent":          {forged(func(c *epoch.Certificate) { c.Subject.Parent[0] = 1 }, honest...), "wrong signature"},
 		"other output":      {forged(func(c *epoch.Certificate) { c.Public = append(bytes.Clone(c.Public), 0) }, honest...), "another public output"},
 		// All statements are good, which no honest host would have signed: there is no share to go with it.
-		"no share": {forged(func(*epoch.Certificate) {}, honest...), "activating"},
+		"no share": {forged(func(*epoch.Certificate) {}, honest...), "no such share"},
 	} {
 		before := len(u.hosts["alpha"].log.String())
 		r.send("alpha", c.f)
@@ -892,7 +894,7 @@ func TestLiesAboutAKey(t *testing.T) {
 	l.start("alpha", "gamma")
 	r := l.betray("beta")
 	st := func(n vault.Number) *peerpb.Staged { return staged(epoch.Staged{Number: n, Output: vault.Output{1}}) }
-	subject := r.key.subject("lab", epoch.Staged{Number: vault.Number{Roster: 1, Attempt: 1}, Output: vault.Output{1}})
+	subject := r.key.subject("lab", epoch.Staged{Number: vault.Number{Roster: 1, Attempt: 1}, Output: vault.Output{1}}, [32]byte{})
 	statement := func(as protocol.HostID, by string) []byte {
 		s, err := subject.Sign(as, l.hosts[by].identity)
 		ok(t, err)
@@ -938,7 +940,7 @@ func TestLiesAboutAKey(t *testing.T) {
 		}
 		k := l.key("alpha")
 		k.mu.Lock()
-		if view := k.views["beta"]; view.Heard || len(k.statements) != 0 || len(k.claims) != 0 {
+		if view := k.views["beta"]; view.Heard || len(k.statements) != 0 {
 			t.Errorf("%s: alpha believes %+v", name, view)
 		}
 		k.mu.Unlock()
@@ -961,7 +963,7 @@ func (m *made) choice() epoch.Staged {
 // vote is the rogue's word about a share.
 func (r *rogue) vote(choice epoch.Staged) func(*peerpb.KeyStatus) {
 	r.t.Helper()
-	subject := r.key.subject("lab", choice)
+	subject := r.key.subject("lab", choice, [32]byte{})
 	st, err := subject.Sign(r.self, r.hosts[string(r.self)].identity)
 	ok(r.t, err)
 	b, err := st.Encode()
@@ -990,7 +992,7 @@ func (r *rogue) keygen() *made {
 	}
 	open := r.hears("a key generation", "alpha", func(f *peerpb.Frame) bool { return f.GetOpen() != nil }).GetOpen()
 	b := r.binding(open)
-	box, err := r.sessions.open(b.ID(), r.self, r.key.holders)
+	box, err := r.sessions.open(b.ID(), r.self, r.key.holders())
 	ok(r.t, err)
 	defer r.sessions.close(box)
 	r.send("alpha", readyFrame(box.id))
@@ -1002,9 +1004,9 @@ func (r *rogue) keygen() *made {
 // lead starts a key generation as the first holder.
 func (r *rogue) lead(n vault.Number, counted ...*made) (*made, error) {
 	r.t.Helper()
-	b := r.key.binding("keygen", n, r.key.holders, [32]byte{})
+	b := r.key.binding("keygen", n, r.key.holders(), [32]byte{})
 	rand.Read(b.Nonce[:])
-	box, err := r.sessions.open(b.ID(), r.self, r.key.holders)
+	box, err := r.sessions.open(b.ID(), r.self, r.key.holders())
 	ok(r.t, err)
 	defer r.sessions.close(box)
 	open := &peerpb.Open{Binding: wireBinding(&b)}
@@ -1030,7 +1032,7 @@ func (r *rogue) lead(n vault.Number, counted ...*made) (*made, error) {
 
 func (r *rogue) make(b *protocol.Binding, box *inbox, early []event) *made {
 	r.t.Helper()
-	session, err := r.key.scheme.keygen(box.id, r.self, r.key.holders, 2)
+	session, err := r.key.scheme.keygen(box.id, r.self, r.key.holders(), 2)
 	ok(r.t, err)
 	defer session.Close()
 	ok(r.t, drive(r.ctx, r.self, session, box, r.net.Send, early))
@@ -1101,8 +1103,8 @@ func TestBirthWithTwoFacedHost(t *testing.T) {
 	l.untilSays("gamma", "waiting", `waiting for the statements of "beta"`)
 	l.wantUnborn("alpha", "gamma")
 	// It can make the certificate now, and nobody else can. It shows it to one.
-	c := epoch.NewCertificate(r.key.subject("lab", m.choice()), m.public, []epoch.Statement{r.statement("alpha"), r.statement("gamma"), func() epoch.Statement {
-		s := r.key.subject("lab", m.choice())
+	c := epoch.NewCertificate(r.key.subject("lab", m.choice(), [32]byte{}), m.public, []epoch.Statement{r.statement("alpha"), r.statement("gamma"), func() epoch.Statement {
+		s := r.key.subject("lab", m.choice(), [32]byte{})
 		st, err := s.Sign("beta", l.hosts["beta"].identity)
 		ok(t, err)
 		return st
@@ -1207,4 +1209,9 @@ func TestBirthWithMadeUpCertificate(t *testing.T) {
 	if live := l.key("beta").live("beta"); slices.Contains(live, "alpha") {
 		t.Errorf("live are %q: alpha's certificate is made up", live)
 	}
+}
+
+func digestOf(k *key) []byte {
+	d := k.digest()
+	return d[:]
 }

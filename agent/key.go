@@ -15,13 +15,12 @@ import (
 	"conseal/protocol"
 )
 
-// key is one key of the roster that this host holds a share of, or should.
+// key is one key of the roster. Most are held here, or should be; of the others a host
+// only knows that it is none of their holders.
 type key struct {
-	entry   config.Key
-	id      vault.KeyID
-	digest  [32]byte // of the entry and its hosts' entries
-	holders []protocol.HostID
-	scheme  scheme
+	id       vault.KeyID
+	scheme   scheme
+	declared atomic.Pointer[declared] // replaced when a newer roster is taken up
 
 	// birth is held by the generation under way, from before its session opens
 	// until its share is staged: so what a host says it has staged stays true
@@ -34,13 +33,22 @@ type key struct {
 
 	mu         sync.Mutex // guards what follows
 	views      map[protocol.HostID]epoch.View
-	statements map[protocol.HostID]epoch.Statement // verified, about the vote in the view
-	claims     map[protocol.HostID][32]byte        // active certificate that a host says it has
-	failed     map[protocol.HostID]time.Time       // when a host last failed in a signing session
-	cancel     context.CancelCauseFunc             // ends the generation under way
-	retry      retry                               // when the next generation may start
+	statements map[protocol.HostID]said      // verified
+	failed     map[protocol.HostID]time.Time // when a host last failed in a signing session
+	cancel     context.CancelCauseFunc       // ends the generation under way
+	retry      retry                         // when the next generation may start
 	condition  condition
-	stage      string // how far the generation under way is, for people
+	stage      string                   // how far the generation under way is, for people
+	outputs    map[vault.Number]output  // of what is staged here; read once
+	known      *known                   // the highest certificate that this host has; nil if none
+	wanted     time.Time                // when certificates were asked for last
+	since      time.Time                // when that epoch was taken up here
+	next       string                   // how it stands with the next epoch, for people; "" if none is wanted
+	settled    bool                     // next is ""
+	cheats     map[protocol.HostID]bool // dealers that are proven to have cheated
+	asked      [32]byte                 // certificate of an epoch that a person wants to end
+	idle       time.Time                // since when nothing happened to the next epoch, for who is to lead after whom
+	news       chan struct{}            // closed, and made anew, when an epoch is taken up or a host says that it did
 }
 
 // active is the epoch that a key signs with here.
@@ -50,6 +58,15 @@ type active struct {
 	output      output
 	stock       *stock
 	share       *custody
+}
+
+func (act *active) number() vault.Number { return act.certificate.Subject.Number }
+
+// end lets the sessions that have the share go on, for as long as one may last; none
+// begins any more.
+func (act *active) end(last time.Duration) {
+	act.stock.close()
+	act.share.end(last)
 }
 
 // close ends the epoch here: nothing of it signs any more.
@@ -68,51 +85,77 @@ func (act *active) presigner() (presigner, bool) {
 // condition is what this host makes of a key; see apipb.Key.
 type condition struct{ name, detail string }
 
-func newKey(entry config.Key, roster *config.Roster) (*key, error) {
-	s, err := schemeOf(entry.Scheme)
+func newKey(d *declared) (*key, error) {
+	s, err := schemeOf(d.entry.Scheme)
 	if err != nil {
-		return nil, fmt.Errorf("key %q: %w", entry.Name, err)
-	}
-	digest, err := roster.EntryDigest(entry.Name)
-	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("key %q: %w", d.entry.Name, err)
 	}
 	k := &key{
-		entry: entry, digest: digest, scheme: s,
-		id:         vault.KeyID{Name: entry.Name, Incarnation: entry.Incarnation},
+		scheme:     s,
+		id:         vault.KeyID{Name: d.entry.Name, Incarnation: d.entry.Incarnation},
 		views:      map[protocol.HostID]epoch.View{},
-		statements: map[protocol.HostID]epoch.Statement{},
-		claims:     map[protocol.HostID][32]byte{},
+		statements: map[protocol.HostID]said{},
+		cheats:     map[protocol.HostID]bool{},
 		failed:     map[protocol.HostID]time.Time{},
+		outputs:    map[vault.Number]output{},
+		news:       make(chan struct{}),
 	}
-	for _, h := range entry.Hosts {
-		k.holders = append(k.holders, protocol.HostID(h))
-	}
-	slices.Sort(k.holders)
+	k.declared.Store(d)
 	return k, nil
 }
 
-// pins returns the identities that the roster pins for the key's holders.
-func (k *key) pins(roster *config.Roster) map[protocol.HostID][32]byte {
-	pins := map[protocol.HostID][32]byte{}
-	for _, h := range k.holders {
-		if host, ok := roster.Host(string(h)); ok {
-			pins[h] = host.Identity
+func (k *key) entry() *config.Key         { return &k.declared.Load().entry }
+func (k *key) digest() [32]byte           { return k.declared.Load().digest }
+func (k *key) holders() []protocol.HostID { return k.declared.Load().holders }
+
+// pins returns the identities that the roster pins for hosts.
+func (k *key) pins(hosts []protocol.HostID) map[protocol.HostID][32]byte {
+	all, pins := k.declared.Load().pins, map[protocol.HostID][32]byte{}
+	for _, h := range hosts {
+		if pin, ok := all[h]; ok {
+			pins[h] = pin
 		}
 	}
 	return pins
 }
 
+// circle lists the hosts that have to do with the key: those that are to hold it by
+// the roster, those that hold its active epoch, and those that say that they hold one.
+func (k *key) circle() []protocol.HostID {
+	d, hosts := k.declared.Load(), slices.Clone(k.holders())
+	add := func(h protocol.HostID) {
+		if d.has(h) && !slices.Contains(hosts, h) {
+			hosts = append(hosts, h)
+		}
+	}
+	if act := k.active.Load(); act != nil {
+		for _, h := range act.output.holders {
+			add(h)
+		}
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for h, view := range k.views {
+		if view.Active {
+			add(h)
+		}
+	}
+	return hosts
+}
+
+// concerns tells whether a host has to do with the key.
+func (k *key) concerns(h protocol.HostID) bool { return slices.Contains(k.circle(), h) }
+
 // subject is what the holders' statements about a staged share are about.
-func (k *key) subject(fleet string, s epoch.Staged) epoch.Subject {
-	return epoch.Subject{Fleet: fleet, Key: k.id, Scheme: k.entry.Scheme, Number: s.Number, Entry: k.digest, Output: s.Output}
+func (k *key) subject(fleet string, s epoch.Staged, parent [32]byte) epoch.Subject {
+	return epoch.Subject{Fleet: fleet, Key: k.id, Scheme: k.entry().Scheme, Number: s.Number, Entry: k.digest(), Output: s.Output, Parent: parent}
 }
 
 // binding is what a session about this key must agree on.
 func (k *key) binding(operation string, n vault.Number, parties []protocol.HostID, nonce [32]byte) protocol.Binding {
 	return protocol.Binding{
-		Operation: operation, Scheme: k.entry.Scheme, Key: k.id.Name, Incarnation: k.id.Incarnation,
-		Epoch: [2]uint64{n.Roster, n.Attempt}, Entry: k.digest, Quorum: uint64(k.entry.Quorum),
+		Operation: operation, Scheme: k.entry().Scheme, Key: k.id.Name, Incarnation: k.id.Incarnation,
+		Epoch: [2]uint64{n.Roster, n.Attempt}, Entry: k.digest(), Quorum: uint64(k.entry().Quorum),
 		Parties: parties, Nonce: nonce,
 	}
 }
@@ -128,16 +171,16 @@ func (k *key) setCondition(name, detail string) (changed bool) {
 // live lists the holders that could sign now: self if it has its share, and
 // those that say they have the same epoch's.
 func (k *key) live(self protocol.HostID) (live []protocol.HostID) {
-	act := k.active.Load()
+	act, holders := k.active.Load(), k.holders()
+	if act != nil {
+		holders = act.output.holders
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for _, h := range k.holders {
+	for _, h := range holders {
 		switch {
-		case h == self && act != nil:
-			live = append(live, h)
-		case h != self && act != nil && k.claims[h] == act.id:
-			live = append(live, h)
-		case h != self && act == nil && k.views[h].Heard:
+		case h == self && act != nil, h != self && act != nil && k.views[h].Certificate == act.id,
+			h != self && act == nil && k.views[h].Heard:
 			live = append(live, h)
 		}
 	}
@@ -149,15 +192,14 @@ func (k *key) lost(host protocol.HostID) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	delete(k.views, host)
-	delete(k.claims, host)
 	delete(k.statements, host)
 }
 
 // describe fills in the API's form.
 func (k *key) describe(self protocol.HostID) *apipb.Key {
 	out := &apipb.Key{
-		Name: k.id.Name, Scheme: k.entry.Scheme, Quorum: uint32(k.entry.Quorum), Hosts: names(k.holders),
-		Purpose: k.entry.Purpose, Open: string(k.entry.Open), State: k.entry.State, Incarnation: k.id.Incarnation, Live: names(k.live(self)),
+		Name: k.id.Name, Scheme: k.entry().Scheme, Quorum: uint32(k.entry().Quorum), Hosts: names(k.holders()),
+		Purpose: k.entry().Purpose, Open: string(k.entry().Open), State: k.entry().State, Incarnation: k.id.Incarnation, Live: names(k.live(self)),
 	}
 	if act := k.active.Load(); act != nil {
 		out.PublicKey = act.output.spki
@@ -166,49 +208,78 @@ func (k *key) describe(self protocol.HostID) *apipb.Key {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	out.Condition, out.Detail = k.condition.name, k.condition.detail
+	out.Condition, out.Detail, out.Next = k.condition.name, k.condition.detail, k.next
+	if out.EpochRoster > 0 && !k.since.IsZero() {
+		out.Since = k.since.UTC().Format(time.RFC3339)
+	}
 	return out
 }
 
 // class is how the key's shares rest.
 func (k *key) class() vault.Class {
-	if _, held := k.entry.Open.Keep(); held {
+	if _, held := k.entry().Open.Keep(); held {
 		return vault.Held
 	}
 	return vault.Own
 }
 
+// learn notes a certificate that is higher than all before.
+func (k *key) learn(n *known) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.known.number().Compare(n.number()) < 0 {
+		k.known, k.asked, k.idle, k.settled = n, [32]byte{}, time.Time{}, false
+		for number := range k.outputs {
+			if number.Compare(n.number()) < 0 {
+				delete(k.outputs, number)
+			}
+		}
+		k.tellNews()
+	}
+}
+
+// tellNews wakes who waits for hosts to take up an epoch; k.mu is held.
+func (k *key) tellNews() {
+	close(k.news)
+	k.news = make(chan struct{})
+}
+
 // activate makes a certified epoch the one that the key signs with. A share that is
 // held is opened now and kept, any other when it is used; each time it is checked
 // against the certificate. changed is told when the hardware begins to refuse, and when
-// that ends.
-func (k *key) activate(ctx context.Context, self protocol.HostID, c *epoch.Certificate, v *vault.Vault, changed func()) error {
-	out, err := k.scheme.inspect(c.Public)
-	if err != nil {
-		return fmt.Errorf("reading the public output of key %q: %w", k.id.Name, err)
-	}
-	if out.quorum != k.entry.Quorum || !slices.Equal(out.holders, k.holders) {
-		return fmt.Errorf("key %q: its certificate is for quorum %d of %q, the roster says %d of %q",
-			k.id.Name, out.quorum, out.holders, k.entry.Quorum, k.holders)
-	}
-	keep, held := k.entry.Open.Keep()
+// that ends. What was active before serves the sessions that have it, for as long as
+// one may last.
+func (k *key) activate(ctx context.Context, self protocol.HostID, n *known, v *vault.Vault, last time.Duration, changed func()) error {
+	keep, held := k.entry().Open.Keep()
 	share := newCustody(keep, func(ctx context.Context) (s shareholder, err error) {
-		err = v.Lend(ctx, k.id, c.Subject.Number, func(share []byte) error {
-			s, err = k.scheme.load(self, c.Public, share)
+		err = v.Lend(ctx, k.id, n.number(), func(share []byte) error {
+			s, err = k.scheme.load(self, n.certificate.Public, share)
 			return err
 		})
 		return s, err
 	}, changed)
 	if held {
+		var err error
 		if share.held, err = share.open(ctx); err != nil {
 			return err
 		}
 	}
-	act := &active{certificate: c, id: c.Subject.ID(), output: out, stock: newStock(), share: share}
+	act := &active{certificate: n.certificate, id: n.id, output: n.output, stock: newStock(), share: share}
 	if old := k.active.Swap(act); old != nil {
-		old.close()
+		old.end(last)
 	}
+	k.mu.Lock()
+	k.tellNews()
+	k.mu.Unlock()
 	return nil
+}
+
+// supersede stops signing with an epoch below n.
+func (k *key) supersede(n vault.Number, last time.Duration) {
+	act := k.active.Load()
+	if act != nil && act.certificate.Subject.Number.Compare(n) < 0 && k.active.CompareAndSwap(act, nil) {
+		act.end(last)
+	}
 }
 
 func names(hosts []protocol.HostID) []string {

@@ -14,6 +14,7 @@ import (
 	"conseal/agent/peer/peerpb"
 	"conseal/agent/vault"
 	"conseal/internal/failpoint"
+	"conseal/internal/secret"
 	"conseal/protocol"
 )
 
@@ -52,7 +53,7 @@ func (k *key) callOff() {
 	}
 }
 
-// generating tells whether a key generation of k is under way here.
+// generating tells whether shares of k are being made here.
 func (a *Agent) generating(k *key) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -113,49 +114,49 @@ func (a *Agent) lead(ctx context.Context, k *key, n vault.Number) error {
 	}
 	// What was decided on may have changed since; what is decided on now is what
 	// each holder is told.
-	counted := a.unbornState(k)
+	counted := a.unbornState(k, v)
 	counted.Views[a.self] = a.ownView(k, record)
 	if again := epoch.Next(counted); again.Step != epoch.Generate || again.Number != n {
 		return nil
 	}
 	var nonce [32]byte
 	rand.Read(nonce[:])
-	b := k.binding("keygen", n, k.holders, nonce)
+	b := k.binding("keygen", n, k.holders(), nonce)
 	ctx, end := a.startGeneration(ctx, k)
 	defer end()
-	box, err := a.sessions.open(b.ID(), a.self, k.holders)
+	box, err := a.sessions.open(b.ID(), a.self, k.holders())
 	if err != nil {
 		return err
 	}
 	defer a.sessions.close(box)
-	if err := a.invite(&b, counted.Views, box); err != nil {
-		hangUp(box, a.net.Send, err)
-		return err
-	}
-	a.log.Info("key generation", "key", k.id.Name, "epoch", n.String(), "session", box.id.String(), "hosts", k.holders)
-	if _, err := gather(ctx, box, box.parties); err != nil {
-		hangUp(box, a.net.Send, err)
-		return err
-	}
-	for _, h := range box.parties {
-		if err := a.net.Send(h, readyFrame(box.id)); err != nil {
-			err = &partyError{host: h, text: err.Error()}
-			hangUp(box, a.net.Send, err)
-			return err
+	a.log.Info("key generation", "key", k.id.Name, "epoch", n.String(), "session", box.id.String(), "hosts", k.holders())
+	err = a.startAll(ctx, box, func(h protocol.HostID) *peerpb.Open {
+		open := &peerpb.Open{Binding: wireBinding(&b)}
+		for _, s := range counted.Views[h].Staged {
+			open.Staged = append(open.Staged, staged(s))
 		}
+		return open
+	})
+	if err != nil {
+		hangUp(box, a.net.Send, err)
+		return err
 	}
 	return a.runKeygen(ctx, k, v, n, box, nil)
 }
 
-// invite opens the session at the other holders, telling each what it is counted
-// to have staged.
-func (a *Agent) invite(b *protocol.Binding, views map[protocol.HostID]epoch.View, box *inbox) error {
+// startAll opens a session at its parties, telling each what it is to know, waits until
+// each is ready and lets them go.
+func (a *Agent) startAll(ctx context.Context, box *inbox, open func(protocol.HostID) *peerpb.Open) error {
 	for _, h := range box.parties {
-		open := &peerpb.Open{Binding: wireBinding(b)}
-		for _, s := range views[h].Staged {
-			open.Staged = append(open.Staged, staged(s))
+		if err := a.net.Send(h, &peerpb.Frame{Body: &peerpb.Frame_Open{Open: open(h)}}); err != nil {
+			return &partyError{host: h, text: err.Error()}
 		}
-		if err := a.net.Send(h, &peerpb.Frame{Body: &peerpb.Frame_Open{Open: open}}); err != nil {
+	}
+	if _, err := gather(ctx, box, box.parties); err != nil {
+		return err
+	}
+	for _, h := range box.parties {
+		if err := a.net.Send(h, readyFrame(box.id)); err != nil {
 			return &partyError{host: h, text: err.Error()}
 		}
 	}
@@ -184,49 +185,49 @@ func (a *Agent) mayGenerate(ctx context.Context, k *key, n vault.Number) (*vault
 	v := a.vault.Load()
 	switch {
 	case v == nil:
-		return nil, vault.Record{}, &partyError{a.self, reasonNotReady, "its vault is not open"}
-	case k.entry.State != "active" || !k.entry.Generate || len(k.entry.PublicKey) > 0:
-		return nil, vault.Record{}, &partyError{a.self, reasonRefused, "its roster does not mark the key to be generated"}
+		return nil, vault.Record{}, &partyError{host: a.self, reason: reasonNotReady, text: "its vault is not open"}
+	case k.entry().State != "active" || !k.entry().Generate || len(k.entry().PublicKey) > 0:
+		return nil, vault.Record{}, &partyError{host: a.self, reason: reasonRefused, text: "its roster does not mark the key to be generated"}
 	}
 	if _, born := bornBefore(v, k.id); born {
-		return nil, vault.Record{}, &partyError{a.self, reasonRefused, "an earlier incarnation of the key exists"}
+		return nil, vault.Record{}, &partyError{host: a.self, reason: reasonRefused, text: "an earlier incarnation of the key exists"}
 	}
-	if err := v.See(ctx, k.id, k.digest); err != nil {
+	if err := v.See(ctx, k.id, k.digest()); err != nil {
 		return nil, vault.Record{}, fmt.Errorf("noting the roster's entry of key %q: %w", k.id.Name, err)
 	}
 	record, _ := v.Record(k.id)
 	switch {
 	case record.Active != (vault.Number{}):
-		return nil, record, &partyError{a.self, reasonRefused, "it holds a share of this key already"}
+		return nil, record, &partyError{host: a.self, reason: reasonRefused, text: "it holds a share of this key already"}
 	case record.Voted != nil:
-		return nil, record, &partyError{a.self, reasonRefused, "it voted for an earlier generation of this key"}
-	case n.Roster > a.roster.Version+maxJump:
-		return nil, record, &partyError{a.self, reasonRefused, "the number of the epoch jumps too far ahead"}
+		return nil, record, &partyError{host: a.self, reason: reasonRefused, text: "it voted for an earlier generation of this key"}
+	case n.Roster > a.roster().Version+maxJump:
+		return nil, record, &partyError{host: a.self, reason: reasonRefused, text: "the number of the epoch jumps too far ahead"}
 	}
 	highest := vault.Number{Roster: n.Roster}
 	for _, s := range record.Staged {
 		if s.Number.Compare(n) >= 0 {
-			return nil, record, &partyError{a.self, reasonRefused, fmt.Sprintf("it has staged epoch %s already", s.Number)}
+			return nil, record, &partyError{host: a.self, reason: reasonRefused, text: fmt.Sprintf("it has staged epoch %s already", s.Number)}
 		}
 		if s.Number.Compare(highest) > 0 {
 			highest = s.Number
 		}
 	}
 	if n.Attempt > highest.Attempt+maxJump {
-		return nil, record, &partyError{a.self, reasonRefused, "the number of the epoch jumps too far ahead"}
+		return nil, record, &partyError{host: a.self, reason: reasonRefused, text: "the number of the epoch jumps too far ahead"}
 	}
 	return v, record, nil
 }
 
 // joinKeygen takes part in a key generation that the first holder opened.
 func (a *Agent) joinKeygen(ctx context.Context, from protocol.HostID, k *key, b *protocol.Binding, counted []*peerpb.Staged, box *inbox) error {
-	if from != k.holders[0] {
-		return &partyError{a.self, reasonRefused, fmt.Sprintf("host %q starts this key's generation", k.holders[0])}
+	if from != k.holders()[0] {
+		return &partyError{host: a.self, reason: reasonRefused, text: fmt.Sprintf("host %q starts this key's generation", k.holders()[0])}
 	}
 	n := vault.Number{Roster: b.Epoch[0], Attempt: b.Epoch[1]}
-	mine := k.binding("keygen", n, k.holders, b.Nonce)
+	mine := k.binding("keygen", n, k.holders(), b.Nonce)
 	if text := mine.Differs(b); text != "" {
-		return &partyError{a.self, reasonDiffers, "we differ on " + text}
+		return &partyError{host: a.self, reason: reasonDiffers, text: "we differ on " + text}
 	}
 	k.callOff()
 	k.birth.Lock()
@@ -262,7 +263,7 @@ func agreeStaged(self protocol.HostID, record vault.Record, counted []*peerpb.St
 		})
 	}
 	if !same {
-		return &partyError{self, reasonNotReady, "it has staged other shares than were counted"}
+		return &partyError{host: self, reason: reasonNotReady, text: "it has staged other shares than were counted"}
 	}
 	return nil
 }
@@ -300,12 +301,27 @@ func gather(ctx context.Context, box *inbox, hosts []protocol.HostID) (early []e
 // runKeygen drives the protocol and stages what came out.
 func (a *Agent) runKeygen(ctx context.Context, k *key, v *vault.Vault, n vault.Number, box *inbox, early []event) error {
 	failpoint.Hit("keygen/before-start")
-	session, err := k.scheme.keygen(box.id, a.self, k.holders, k.entry.Quorum)
+	session, err := k.scheme.keygen(box.id, a.self, k.holders(), k.entry().Quorum)
 	if err != nil {
 		hangUp(box, a.net.Send, err)
 		return err
 	}
 	defer session.Close()
+	a.watchGeneration(k, n, box)
+	if err := drive(ctx, a.self, session, box, a.net.Send, early); err != nil {
+		return err
+	}
+	failpoint.Hit("keygen/done")
+	public, share, err := session.result()
+	if err != nil {
+		return err
+	}
+	defer share.Wipe()
+	return a.stage(ctx, k, v, n, [32]byte{}, public, share)
+}
+
+// watchGeneration says for people how far a session is.
+func (a *Agent) watchGeneration(k *key, n vault.Number, box *inbox) {
 	box.watch = func(stage string) {
 		k.mu.Lock()
 		changed := k.stage != stage
@@ -317,24 +333,19 @@ func (a *Agent) runKeygen(ctx context.Context, k *key, v *vault.Vault, n vault.N
 		}
 	}
 	box.watch("computing")
-	if err := drive(ctx, a.self, session, box, a.net.Send, early); err != nil {
-		return err
-	}
-	failpoint.Hit("keygen/done")
-	public, share, err := session.result()
-	if err != nil {
-		return err
-	}
-	defer share.Wipe()
-	output := epoch.OutputDigest(k.entry.Scheme, public)
-	if err := v.Stage(ctx, k.class(), k.id, n, output, public, share); err != nil {
+}
+
+// stage puts a new share into the vault and says so.
+func (a *Agent) stage(ctx context.Context, k *key, v *vault.Vault, n vault.Number, parent [32]byte, public []byte, share *secret.Bytes) error {
+	output := epoch.OutputDigest(k.entry().Scheme, public)
+	if err := v.Stage(ctx, k.class(), k.id, n, output, parent, public, share); err != nil {
 		return fmt.Errorf("staging epoch %s of key %q: %w", n, k.id.Name, err)
 	}
 	failpoint.Hit("keygen/staged")
 	record, _ := v.Record(k.id)
-	a.see(k, a.ownView(k, record))
+	a.see(k, v, record)
 	a.announce(k)
-	a.log.Info("share staged", "key", k.id.Name, "epoch", n.String(), "session", box.id.String())
+	a.log.Info("share staged", "key", k.id.Name, "epoch", n.String())
 	a.nudge()
 	return nil
 }

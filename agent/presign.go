@@ -190,7 +190,7 @@ func (a *Agent) keepStock(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		for _, k := range a.sorted {
+		for _, k := range a.keys() {
 			if !a.calm.idle() || ctx.Err() != nil {
 				break
 			}
@@ -202,7 +202,7 @@ func (a *Agent) keepStock(ctx context.Context) {
 // fill makes one presignature of a key, if one is wanted.
 func (a *Agent) fill(ctx context.Context, k *key) {
 	act := k.active.Load()
-	if act == nil || k.entry.State != "active" || !k.asks(a.self) || time.Now().Before(k.presignAfter) {
+	if act == nil || k.entry().State != "active" || !k.asks(a.self) || time.Now().Before(k.presignAfter) {
 		return
 	}
 	for _, signers := range a.signerSets(k, act) {
@@ -295,10 +295,10 @@ func (a *Agent) joinPresign(ctx context.Context, from protocol.HostID, k *key, b
 		return err
 	}
 	if _, ok := act.presigner(); !ok || b.Request != [32]byte{} {
-		return &partyError{a.self, reasonRefused, "the key has no presignatures, by its scheme or by `open` in this host's roster"}
+		return &partyError{host: a.self, reason: reasonRefused, text: "the key has no presignatures, by its scheme or by `open` in this host's roster"}
 	}
 	if !a.calm.idle() || !a.presigning.TryLock() {
-		return &partyError{a.self, reasonBusy, "it is not idle"}
+		return &partyError{host: a.self, reason: reasonBusy, text: "it is not idle"}
 	}
 	defer a.presigning.Unlock()
 	ctx, cancel := context.WithTimeoutCause(ctx, a.config.Limits.KeygenDeadline, errors.New("the presigning took too long"))

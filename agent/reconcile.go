@@ -3,9 +3,10 @@ package agent
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
-	"strconv"
+	"slices"
 	"strings"
 	"time"
 
@@ -27,17 +28,20 @@ func (a *Agent) reconcile(ctx context.Context) {
 	for {
 		a.openVault(ctx)
 		a.reseal(ctx)
-		for _, k := range a.sorted {
+		for _, k := range a.keys() {
 			if ctx.Err() != nil {
 				return
 			}
-			a.settle(ctx, k)
+			if a.mine(k) {
+				a.settle(ctx, k)
+			}
 		}
+		a.erase(ctx)
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			a.announceUnborn()
+			a.announceUnsettled()
 		case <-a.wake:
 		}
 	}
@@ -47,12 +51,11 @@ func (a *Agent) reconcile(ctx context.Context) {
 // in its life. What fails is tried again, and said, when its key is taken up.
 func (a *Agent) reseal(ctx context.Context) {
 	v := a.vault.Load()
-	if v == nil || a.resealed {
+	if v == nil || !a.resealAgain.Swap(false) {
 		return
 	}
-	a.resealed = true
 	want := map[vault.KeyID]vault.Class{}
-	for _, k := range a.sorted {
+	for _, k := range a.keys() {
 		want[k.id] = k.class()
 	}
 	if err := v.Reseal(ctx, want); err != nil {
@@ -83,11 +86,8 @@ func (a *Agent) say(k *key, name, detail string) {
 
 // step does what comes next for a key and returns the condition it is in.
 func (a *Agent) step(ctx context.Context, k *key) (name, detail string) {
-	if k.entry.State != "active" {
-		return k.entry.State, "by the roster"
-	}
-	if k.active.Load() != nil {
-		return a.ready(k)
+	if k.entry().State == "deleted" {
+		return "deleted", "by the roster"
 	}
 	v := a.vault.Load()
 	if v == nil {
@@ -99,24 +99,80 @@ func (a *Agent) step(ctx context.Context, k *key) (name, detail string) {
 	}
 	record, _ := v.Record(k.id)
 	if record.Active != (vault.Number{}) {
-		return a.load(ctx, k, v)
+		if name, detail = a.load(ctx, k, v, record); name != "" {
+			return name, detail
+		}
+		record, _ = v.Record(k.id)
+		a.see(k, v, record)
+		return a.exists(ctx, k, v)
 	}
-	if record.Entry != ([32]byte{}) && record.Entry != k.digest {
+	k.mu.Lock()
+	exists := k.known != nil
+	k.mu.Unlock()
+	if exists {
+		a.see(k, v, record)
+		return a.exists(ctx, k, v)
+	}
+	if record.Entry != ([32]byte{}) && record.Entry != k.digest() && !reshared(v, record) {
 		return "refused", "the key's hosts, quorum or identities changed in the roster before it was born; put them back, or raise its `incarnation`"
 	}
-	a.see(k, a.ownView(k, record))
+	a.see(k, v, record)
 	return a.unborn(ctx, k, v)
 }
 
+// reshared tells whether a host without a certificate has staged a share of a key that
+// exists.
+func reshared(v *vault.Vault, record vault.Record) bool {
+	return slices.ContainsFunc(record.Staged, func(s vault.Staged) bool {
+		parent, _ := v.Parent(record.Key, s.Number)
+		return parent != [32]byte{}
+	})
+}
+
+// exists takes a key of which this host has a certificate a step further.
+func (a *Agent) exists(ctx context.Context, k *key, v *vault.Vault) (name, detail string) {
+	next := a.renew(ctx, k, v)
+	k.mu.Lock()
+	k.next, k.settled = next, next == ""
+	k.mu.Unlock()
+	if k.active.Load() != nil {
+		return a.ready(k)
+	}
+	return a.without(k, v, next)
+}
+
+// without is the condition of a key that exists, at a host that has no share of its
+// highest epoch.
+func (a *Agent) without(k *key, v *vault.Vault, next string) (name, detail string) {
+	k.mu.Lock()
+	n := k.known
+	k.mu.Unlock()
+	record, _ := v.Record(k.id)
+	switch {
+	case n != nil && !slices.Contains(n.output.holders, a.self) && !slices.Contains(k.holders(), a.self):
+		if len(record.Staged) > 0 {
+			return "leaving", fmt.Sprintf("epoch %s is held by other hosts; this one erases its share once a quorum of them says that it has the epoch", n.number())
+		}
+		return "left", fmt.Sprintf("epoch %s is held by other hosts; this one has erased its share", n.number())
+	case n != nil && n.certificate.Subject.Entry == k.digest() && slices.Contains(n.output.holders, a.self) && !record.Holds(n.number()):
+		return "lost", fmt.Sprintf("the key exists, and this host holds no share of epoch %s: the share was lost; have the others deal new ones, by `conseal key refresh %s` at one of them, or by pinning this host's new identity in the roster; %s", n.number(), k.id.Name, next)
+	}
+	return "waiting", next
+}
+
 func (a *Agent) ready(k *key) (name, detail string) {
-	if err := k.active.Load().share.refusal(); err != nil {
+	if k.entry().State == "suspended" {
+		return "suspended", "by the roster"
+	}
+	act := k.active.Load()
+	if err := act.share.refusal(); err != nil {
 		return "sealed", fmt.Sprintf("when it was used last, the hardware did not open this host's share: %v; it is asked again at each use", err)
 	}
 	live := k.live(a.self)
-	if len(live) >= k.entry.Quorum {
+	if len(live) >= act.output.quorum {
 		return "ready", ""
 	}
-	return "waiting", fmt.Sprintf("%d of %d hosts are there: %s", len(live), k.entry.Quorum, a.missing(k, live))
+	return "waiting", fmt.Sprintf("%d of %d hosts are there: %s", len(live), act.output.quorum, a.missing(k, live))
 }
 
 // bornBefore finds an earlier incarnation that has a certificate here.
@@ -129,29 +185,44 @@ func bornBefore(v *vault.Vault, id vault.KeyID) (incarnation uint64, ok bool) {
 	return 0, false
 }
 
-// load takes up the epoch that the vault has active.
-func (a *Agent) load(ctx context.Context, k *key, v *vault.Vault) (name, detail string) {
-	c, err := a.readCertificate(k, v)
-	if err == nil {
-		err = a.checkCertificate(k, c)
+// load takes up the epoch that the vault has active, if that is not done. It returns
+// the condition of the key if that cannot be.
+func (a *Agent) load(ctx context.Context, k *key, v *vault.Vault, record vault.Record) (name, detail string) {
+	k.mu.Lock()
+	n := k.known
+	k.since = record.Since
+	k.mu.Unlock()
+	if n.number().Compare(record.Active) < 0 {
+		c, err := a.readCertificate(k, v)
+		if err == nil {
+			n, err = a.know(k, c)
+		}
+		if err == nil {
+			err = a.checkKnown(k, n)
+		}
+		if err != nil {
+			return "refused", err.Error()
+		}
+		k.learn(n)
 	}
-	if err != nil {
-		return "refused", err.Error()
+	act := k.active.Load()
+	if n.number() != record.Active || act != nil && act.id == n.id || !record.Holds(record.Active) {
+		return "", ""
 	}
 	if err := v.Reseal(ctx, map[vault.KeyID]vault.Class{k.id: k.class()}); err != nil {
-		return "sealed", fmt.Sprintf("the roster says `open = %q`, and the share does not rest so yet: %v", k.entry.Open, err)
+		return "sealed", fmt.Sprintf("the roster says `open = %q`, and the share does not rest so yet: %v", k.entry().Open, err)
 	}
 	changed := func() {
 		name, detail := a.ready(k)
 		a.say(k, name, detail)
 	}
-	if err := k.activate(ctx, a.self, c, v, changed); err != nil {
+	if err := k.activate(ctx, a.self, n, v, a.config.Limits.SignDeadline, changed); err != nil {
 		return "refused", err.Error()
 	}
-	act := k.active.Load()
-	a.log.Info("key is active", "key", k.id.Name, "epoch", c.Subject.Number.String(), "certificate", fmt.Sprintf("%x", act.id[:8]))
+	a.log.Info("key is active", "key", k.id.Name, "epoch", n.number().String(), "certificate", fmt.Sprintf("%x", n.id[:8]))
+	a.see(k, v, record)
 	a.announce(k)
-	return a.ready(k)
+	return "", ""
 }
 
 func (a *Agent) readCertificate(k *key, v *vault.Vault) (*epoch.Certificate, error) {
@@ -162,32 +233,52 @@ func (a *Agent) readCertificate(k *key, v *vault.Vault) (*epoch.Certificate, err
 	return epoch.Decode(encoded)
 }
 
-// checkCertificate refuses a certificate that is not about this key as the
-// roster declares it.
-func (a *Agent) checkCertificate(k *key, c *epoch.Certificate) error {
-	s := &c.Subject
-	switch {
-	case s.Fleet != a.roster.Fleet || s.Key != k.id || s.Scheme != k.entry.Scheme:
-		return fmt.Errorf("certificate is about key %q, incarnation %d, %s, of fleet %q", s.Key.Name, s.Key.Incarnation, s.Scheme, s.Fleet)
-	case s.Entry != k.digest:
-		return errors.New("certificate is for other hosts, identities or another quorum than the roster declares for this key")
+// checkKnown refuses a certificate that is for another public key than the roster pins,
+// or than the key has.
+func (a *Agent) checkKnown(k *key, n *known) error {
+	if pinned := k.entry().PublicKey; len(pinned) > 0 && !bytes.Equal(pinned, n.output.pin) {
+		return fmt.Errorf("the roster pins public key %s, the certificate is for %x", pinned, n.output.pin)
 	}
-	if err := c.Verify(k.pins(a.roster)); err != nil {
-		return err
-	}
-	out, err := k.scheme.inspect(c.Public)
-	if err != nil {
-		return err
-	}
-	if pinned := k.entry.PublicKey; len(pinned) > 0 && !bytes.Equal(pinned, out.pin) {
-		return fmt.Errorf("the roster pins public key %s, the certificate is for %x", pinned, out.pin)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.known != nil && !bytes.Equal(k.known.output.spki, n.output.spki) {
+		return errors.New("the certificate is for another public key than the epoch before it")
 	}
 	return nil
 }
 
+// checkCertificate refuses a certificate that a host showed, unless it is about this key
+// as the roster declares it, or about what this host has voted for itself by an
+// earlier roster.
+func (a *Agent) checkCertificate(k *key, v *vault.Vault, n *known) error {
+	if err := a.checkKnown(k, n); err != nil {
+		return err
+	}
+	s := &n.certificate.Subject
+	pins := k.pins(n.output.holders)
+	record, _ := v.Record(k.id)
+	switch mine := record.Voted != nil && *record.Voted == (vault.Staged{Number: s.Number, Output: s.Output}); {
+	case s.Entry != k.digest() && !mine:
+		return errors.New("certificate is for other hosts, identities or another quorum than the roster declares for this key: give this host the roster that the others have")
+	case s.Entry != k.digest(): // the statements of hosts that the roster has no more cannot be checked
+		for _, st := range n.certificate.Statements {
+			if sha256.Sum256(st.PublicKey) != pins[st.Holder] {
+				delete(pins, st.Holder)
+			}
+		}
+		if _, signed := pins[a.self]; !signed {
+			return errors.New("certificate without a statement of this host")
+		}
+		return n.certificate.VerifySome(pins)
+	case n.output.quorum != k.entry().Quorum || !slices.Equal(n.output.holders, k.holders()):
+		return fmt.Errorf("key %q: its certificate is for quorum %d of %q, the roster says %d of %q", k.id.Name, n.output.quorum, n.output.holders, k.entry().Quorum, k.holders())
+	}
+	return n.certificate.Verify(pins)
+}
+
 // unborn takes a step towards the key's birth.
 func (a *Agent) unborn(ctx context.Context, k *key, v *vault.Vault) (name, detail string) {
-	action := epoch.Next(a.unbornState(k))
+	action := epoch.Next(a.unbornState(k, v))
 	var err error
 	switch action.Step {
 	case epoch.Stuck:
@@ -201,7 +292,7 @@ func (a *Agent) unborn(ctx context.Context, k *key, v *vault.Vault) (name, detai
 		}
 		return "waiting", action.Why
 	case epoch.Fetch:
-		return a.fetch(k, v)
+		return a.bornElsewhere(ctx, k, v)
 	case epoch.Generate:
 		a.generate(ctx, k, action.Number)
 		return "generating", a.progress(k)
@@ -217,16 +308,22 @@ func (a *Agent) unborn(ctx context.Context, k *key, v *vault.Vault) (name, detai
 	return "generating", "the hosts commit the new shares"
 }
 
-func (a *Agent) unbornState(k *key) *epoch.Unborn {
+func (a *Agent) unbornState(k *key, v *vault.Vault) *epoch.Unborn {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	u := &epoch.Unborn{
-		Self: a.self, Holders: k.holders, Entry: k.digest, Roster: a.roster.Version,
-		Generate: k.entry.Generate && len(k.entry.PublicKey) == 0,
+		Self: a.self, Holders: k.holders(), Entry: k.digest(), Roster: a.roster().Version,
+		Generate: k.entry().Generate && len(k.entry().PublicKey) == 0,
 		Views:    map[protocol.HostID]epoch.View{},
 	}
 	for h, view := range k.views {
-		if _, ok := k.statements[h]; !ok && h != a.self {
+		if h == a.self {
+			view.Staged = slices.DeleteFunc(slices.Clone(view.Staged), func(s epoch.Staged) bool {
+				parent, _ := v.Parent(k.id, s.Number)
+				return parent != [32]byte{}
+			})
+		}
+		if said := k.statements[h]; h != a.self && view.Voted != nil && said.about != *view.Voted {
 			view.Voted = nil // a vote counts with its signature
 		}
 		u.Views[h] = view
@@ -234,30 +331,74 @@ func (a *Agent) unbornState(k *key) *epoch.Unborn {
 	return u
 }
 
-// fetch asks for the certificate that other hosts say they have: all of them, as
-// one may lie and another may not.
-func (a *Agent) fetch(k *key, v *vault.Vault) (name, detail string) {
-	var from []string
+// want asks hosts for the certificate that they say they have: all of them, as one may
+// lie and another may not.
+func (a *Agent) want(k *key, hosts []protocol.HostID) {
 	k.mu.Lock()
-	for _, h := range k.holders {
-		if k.views[h].Active && h != a.self {
-			from = append(from, strconv.Quote(string(h)))
-			f := &peerpb.CertificateRequest{Key: k.id.Name, Incarnation: k.id.Incarnation}
-			_ = a.net.Send(h, &peerpb.Frame{Body: &peerpb.Frame_Want{Want: f}}) // asked again if it is lost
+	soon := time.Since(k.wanted) < reconcileEvery/4
+	if len(hosts) > 0 && !soon {
+		k.wanted = time.Now()
+	}
+	k.mu.Unlock()
+	if soon {
+		return
+	}
+	for _, h := range hosts {
+		f := &peerpb.CertificateRequest{Key: k.id.Name, Incarnation: k.id.Incarnation}
+		_ = a.net.Send(h, &peerpb.Frame{Body: &peerpb.Frame_Want{Want: f}}) // asked again if it is lost
+	}
+}
+
+// bornElsewhere is what to do about a key that exists, as others say, and of which this
+// host has no certificate: it missed the birth, lost its share, or is new to the key.
+func (a *Agent) bornElsewhere(ctx context.Context, k *key, v *vault.Vault) (name, detail string) {
+	var from []protocol.HostID
+	k.mu.Lock()
+	n := k.known
+	for h, view := range k.views {
+		if view.Active && h != a.self {
+			from = append(from, h)
 		}
 	}
 	k.mu.Unlock()
-	hosts := strings.Join(from, ", ")
-	if record, _ := v.Record(k.id); len(record.Staged) == 0 {
-		return "lost", fmt.Sprintf("host %s says that the key exists, and this host holds no share of it: the share was lost; nothing is generated in its place", hosts)
+	slices.Sort(from)
+	hosts := strings.Trim(fmt.Sprintf("%q", from), "[]")
+	record, _ := v.Record(k.id)
+	if n == nil {
+		a.want(k, from)
 	}
-	return "waiting", fmt.Sprintf("fetching the key's certificate from host %s", hosts)
+	switch {
+	case len(record.Staged) > 0 && !reshared(v, record):
+		return "waiting", fmt.Sprintf("fetching the key's certificate from host %s", hosts)
+	case n == nil && len(record.Staged) == 0:
+		if record.Entry == k.digest() || len(k.entry().PublicKey) == 0 {
+			return "lost", fmt.Sprintf("host %s says that the key exists, and this host holds no share of it: the share was lost, or the host is new to the key; nothing is generated in its place; pin `public_key` in the roster, and the others deal it a share", hosts)
+		}
+		return "waiting", fmt.Sprintf("host %s says that the key exists; fetching its certificate", hosts)
+	}
+	return a.exists(ctx, k, v)
 }
 
 // adopt takes a certificate that a peer sent or that was put together here.
 func (a *Agent) adopt(ctx context.Context, k *key, v *vault.Vault, c *epoch.Certificate) error {
-	if err := a.checkCertificate(k, c); err != nil {
+	n, err := a.know(k, c)
+	if err != nil {
 		return err
+	}
+	record, _ := v.Record(k.id)
+	if record.Active.Compare(n.number()) >= 0 {
+		return nil
+	}
+	if err := a.checkCertificate(k, v, n); err != nil {
+		return err
+	}
+	if !record.Holds(n.number()) { // of an epoch that this host is no holder of, or lost its share of
+		k.learn(n)
+		k.supersede(n.number(), a.config.Limits.SignDeadline)
+		if slices.Contains(n.output.holders, a.self) {
+			return fmt.Errorf("epoch %s of key %q: this host is a holder, and %w", n.number(), k.id.Name, vault.ErrNoShare)
+		}
+		return nil
 	}
 	encoded, err := c.Encode()
 	if err != nil {
@@ -265,6 +406,10 @@ func (a *Agent) adopt(ctx context.Context, k *key, v *vault.Vault, c *epoch.Cert
 	}
 	if err := v.Activate(ctx, k.id, c.Subject.Number, encoded); err != nil {
 		return fmt.Errorf("activating epoch %s of key %q: %w", c.Subject.Number, k.id.Name, err)
+	}
+	if c.Subject.Parent != [32]byte{} {
+		k.learn(n)
+		return nil
 	}
 	return a.dropUnborn(ctx, k, v, c.Subject.Number)
 }
@@ -296,7 +441,7 @@ func (a *Agent) vote(ctx context.Context, k *key, v *vault.Vault, choice epoch.S
 	a.log.Info("voted", "key", k.id.Name, "epoch", choice.Number.String())
 	k.callOff() // who voted joins no other generation
 	record, _ := v.Record(k.id)
-	a.see(k, a.ownView(k, record))
+	a.see(k, v, record)
 	a.announce(k)
 	return nil
 }
@@ -307,43 +452,122 @@ func (a *Agent) certify(ctx context.Context, k *key, v *vault.Vault, choice epoc
 	if err != nil {
 		return err
 	}
+	parent, err := a.parent(k, v, choice.Number)
+	if err != nil {
+		return err
+	}
 	var statements []epoch.Statement
 	k.mu.Lock()
-	for _, h := range k.holders {
-		statements = append(statements, k.statements[h])
+	for _, h := range k.holders() {
+		statements = append(statements, k.statements[h].Statement)
 	}
 	k.mu.Unlock()
-	return a.adopt(ctx, k, v, epoch.NewCertificate(k.subject(a.roster.Fleet, choice), public, statements))
+	return a.adopt(ctx, k, v, epoch.NewCertificate(k.subject(a.roster().Fleet, choice, parent), public, statements))
 }
 
 // ownView is what this host says of a key.
 func (a *Agent) ownView(k *key, r vault.Record) epoch.View {
-	view := epoch.View{Heard: true, Entry: k.digest, Active: r.Active != (vault.Number{})}
-	for _, s := range r.Staged {
-		view.Staged = append(view.Staged, epoch.Staged{Number: s.Number, Output: s.Output})
+	view := epoch.View{Heard: true, Entry: k.digest(), Active: r.Holds(r.Active), Number: r.Active}
+	if act := k.active.Load(); act != nil {
+		view.Certificate = act.id
 	}
-	if r.Voted != nil {
+	for _, s := range r.Staged {
+		if s.Number.Compare(r.Active) > 0 {
+			view.Staged = append(view.Staged, epoch.Staged{Number: s.Number, Output: s.Output})
+		}
+	}
+	if r.Voted != nil && r.Voted.Number.Compare(r.Active) > 0 {
 		view.Voted = &epoch.Staged{Number: r.Voted.Number, Output: r.Voted.Output}
 	}
 	return view
 }
 
+// said is a host's statement, and what it is about.
+type said struct {
+	epoch.Statement
+	about epoch.Staged
+	entry [32]byte // of the roster, for which it was made
+}
+
 // see enters this host's own view, with a statement if it voted.
-func (a *Agent) see(k *key, view epoch.View) {
+func (a *Agent) see(k *key, v *vault.Vault, record vault.Record) {
+	view := a.ownView(k, record)
 	k.mu.Lock()
-	_, signed := k.statements[a.self]
 	k.views[a.self] = view
+	have := k.statements[a.self]
 	k.mu.Unlock()
-	if view.Voted == nil || signed {
+	if view.Voted == nil || have.about == *view.Voted && have.entry == k.digest() {
 		return
 	}
-	subject := k.subject(a.roster.Fleet, *view.Voted)
-	statement, err := subject.Sign(a.self, a.identity)
+	parent, err := a.parent(k, v, view.Voted.Number)
+	if err == nil {
+		subject := k.subject(a.roster().Fleet, *view.Voted, parent)
+		have.Statement, err = subject.Sign(a.self, a.identity)
+	}
 	if err != nil {
 		a.log.Error("signing a statement", "key", k.id.Name, "error", err)
 		return // said again at the next look
 	}
+	have.about, have.entry = *view.Voted, k.digest()
 	k.mu.Lock()
-	k.statements[a.self] = statement
+	k.statements[a.self] = have
 	k.mu.Unlock()
+}
+
+// erase drops what is below an epoch that a quorum has taken up: all keys' at once, as
+// each erasure takes a root.
+func (a *Agent) erase(ctx context.Context) {
+	v := a.vault.Load()
+	if v == nil {
+		return
+	}
+	var drops []vault.Drop
+	for _, k := range a.keys() {
+		if !a.mine(k) {
+			continue
+		}
+		record, _ := v.Record(k.id)
+		b := a.born(k, v)
+		if len(record.Staged) == 0 || !b.Confirmed() {
+			continue
+		}
+		if !slices.Contains(b.Base.Holders, a.self) {
+			if err := a.retire(ctx, k, v); err != nil {
+				a.log.Error("erasing what this host held", "key", k.id.Name, "error", err)
+			}
+			continue
+		}
+		for _, s := range record.Staged {
+			if record.Holds(b.Base.Number) && record.Active == b.Base.Number && s.Number.Compare(b.Base.Number) < 0 {
+				drops = append(drops, vault.Drop{Key: k.id, Number: s.Number})
+			}
+		}
+	}
+	if len(drops) == 0 {
+		return
+	}
+	if err := v.Drop(ctx, drops); err != nil {
+		a.log.Error("erasing old shares", "error", err)
+		return
+	}
+	for _, d := range drops {
+		a.log.Info("share erased", "key", d.Key.Name, "epoch", d.Number.String())
+	}
+}
+
+// retire erases what this host held of a key that others hold now.
+func (a *Agent) retire(ctx context.Context, k *key, v *vault.Vault) error {
+	k.mu.Lock()
+	n := k.known
+	k.mu.Unlock()
+	encoded, err := n.certificate.Encode()
+	if err != nil {
+		return err
+	}
+	if err := v.Retire(ctx, k.id, n.number(), encoded); err != nil {
+		return err
+	}
+	a.log.Info("the host holds this key no more, and has erased its shares", "key", k.id.Name, "epoch", n.number().String())
+	a.nudge()
+	return nil
 }

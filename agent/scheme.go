@@ -6,12 +6,18 @@ import (
 	"conseal/internal/secret"
 	"conseal/protocol"
 	"conseal/protocol/cmp"
+	"conseal/protocol/dealing"
 )
 
 // scheme is what the agent needs of a signature scheme.
 type scheme interface {
 	// keygen makes the session of a key generation.
 	keygen(id protocol.SessionID, self protocol.HostID, holders []protocol.HostID, quorum int) (generation, error)
+	// reshare makes the session that replaces the shares of a key. share is a dealer's, and
+	// nil at others.
+	reshare(in reshareConfig, share shareholder) (generation, error)
+	// verifyComplaint returns nil if c proves that its dealer cheated in the session of in.
+	verifyComplaint(in reshareConfig, c *dealing.Complaint) error
 	// traits says what the agent needs to know to run the scheme's sessions.
 	traits() traits
 	// inspect reads the public output of an epoch.
@@ -44,6 +50,19 @@ type output struct {
 type generation interface {
 	protocol.Session
 	result() (public []byte, share *secret.Bytes, err error)
+}
+
+// reshareConfig is a resharing at one host.
+type reshareConfig struct {
+	session protocol.SessionID
+	self    protocol.HostID
+	old     []byte            // public output of the base
+	dealers []protocol.HostID // sorted, a quorum of the base
+	holders []protocol.HostID // sorted, of the new shares
+	quorum  int               // of the new shares
+	// sign and verify are of the dealers' identity keys.
+	sign   func(digest [32]byte) ([]byte, error)
+	verify func(host protocol.HostID, digest [32]byte, signature []byte) error
 }
 
 // shareholder signs with a share that it keeps opened. It is safe for concurrent

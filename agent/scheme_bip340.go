@@ -4,6 +4,7 @@ import (
 	"conseal/internal/secret"
 	"conseal/protocol"
 	"conseal/protocol/cmp"
+	"conseal/protocol/dealing"
 	"conseal/protocol/taproot"
 )
 
@@ -38,6 +39,49 @@ func (bip340Scheme) load(self protocol.HostID, public, share []byte) (shareholde
 		return nil, err
 	}
 	return bip340Share{s}, nil
+}
+
+func (bip340Scheme) reshareConfig(in reshareConfig, share shareholder) (cfg taproot.ReshareConfig, err error) {
+	old, err := taproot.DecodeGroup(in.old)
+	if err != nil {
+		return cfg, err
+	}
+	cfg = taproot.ReshareConfig{
+		Session: in.session, Self: in.self, Old: old, Dealers: in.dealers, Holders: in.holders, Quorum: in.quorum, Sign: in.sign, Verify: in.verify,
+	}
+	if share != nil {
+		cfg.Share = share.(bip340Share).share
+	}
+	return cfg, nil
+}
+
+func (s bip340Scheme) reshare(in reshareConfig, share shareholder) (generation, error) {
+	cfg, err := s.reshareConfig(in, share)
+	if err != nil {
+		return nil, err
+	}
+	r, err := taproot.NewReshare(cfg)
+	return bip340Reshare{r}, err
+}
+
+func (s bip340Scheme) verifyComplaint(in reshareConfig, c *dealing.Complaint) error {
+	cfg, err := s.reshareConfig(in, nil)
+	if err != nil {
+		return err
+	}
+	return taproot.VerifyComplaint(cfg, c)
+}
+
+type bip340Reshare struct{ *taproot.Reshare }
+
+func (r bip340Reshare) result() (public []byte, share *secret.Bytes, err error) {
+	s, err := r.Result()
+	if err != nil {
+		return nil, nil, err
+	}
+	defer s.Wipe()
+	share, err = s.Secret()
+	return s.Group.Encode(), share, err
 }
 
 type bip340Keygen struct{ *taproot.Keygen }

@@ -6,6 +6,7 @@ import (
 	"conseal/internal/secret"
 	"conseal/protocol"
 	"conseal/protocol/cmp"
+	"conseal/protocol/dealing"
 )
 
 // ecdsaScheme is ECDSA by CGGMP on one curve.
@@ -47,6 +48,49 @@ func (s ecdsaScheme) load(self protocol.HostID, public, share []byte) (sharehold
 		return nil, err
 	}
 	return ecdsaShare{loaded}, nil
+}
+
+func (s ecdsaScheme) reshareConfig(in reshareConfig, share shareholder) (cfg cmp.ReshareConfig, err error) {
+	old, err := s.group(in.old)
+	if err != nil {
+		return cfg, err
+	}
+	cfg = cmp.ReshareConfig{
+		Session: in.session, Self: in.self, Old: old, Dealers: in.dealers, Holders: in.holders, Quorum: in.quorum, Sign: in.sign, Verify: in.verify,
+	}
+	if share != nil {
+		cfg.Share = share.(ecdsaShare).share
+	}
+	return cfg, nil
+}
+
+func (s ecdsaScheme) reshare(in reshareConfig, share shareholder) (generation, error) {
+	cfg, err := s.reshareConfig(in, share)
+	if err != nil {
+		return nil, err
+	}
+	r, err := cmp.NewReshare(cfg)
+	return ecdsaReshare{r}, err
+}
+
+func (s ecdsaScheme) verifyComplaint(in reshareConfig, c *dealing.Complaint) error {
+	cfg, err := s.reshareConfig(in, nil)
+	if err != nil {
+		return err
+	}
+	return cmp.VerifyComplaint(cfg, c)
+}
+
+type ecdsaReshare struct{ *cmp.Reshare }
+
+func (r ecdsaReshare) result() (public []byte, share *secret.Bytes, err error) {
+	s, err := r.Result()
+	if err != nil {
+		return nil, nil, err
+	}
+	defer s.Wipe()
+	share, err = s.Secret()
+	return s.Group.Encode(), share, err
 }
 
 type ecdsaKeygen struct{ *cmp.Keygen }

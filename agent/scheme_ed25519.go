@@ -6,6 +6,7 @@ import (
 
 	"conseal/internal/secret"
 	"conseal/protocol"
+	"conseal/protocol/dealing"
 	"conseal/protocol/frost"
 )
 
@@ -41,6 +42,49 @@ func (ed25519Scheme) load(self protocol.HostID, public, share []byte) (sharehold
 		return nil, err
 	}
 	return frostShare{s}, nil
+}
+
+func (ed25519Scheme) reshareConfig(in reshareConfig, share shareholder) (cfg frost.ReshareConfig, err error) {
+	old, err := frost.DecodeGroup(in.old)
+	if err != nil {
+		return cfg, err
+	}
+	cfg = frost.ReshareConfig{
+		Session: in.session, Self: in.self, Old: old, Dealers: in.dealers, Holders: in.holders, Quorum: in.quorum, Sign: in.sign, Verify: in.verify,
+	}
+	if share != nil {
+		cfg.Share = share.(frostShare).share
+	}
+	return cfg, nil
+}
+
+func (s ed25519Scheme) reshare(in reshareConfig, share shareholder) (generation, error) {
+	cfg, err := s.reshareConfig(in, share)
+	if err != nil {
+		return nil, err
+	}
+	r, err := frost.NewReshare(cfg)
+	return frostReshare{r}, err
+}
+
+func (s ed25519Scheme) verifyComplaint(in reshareConfig, c *dealing.Complaint) error {
+	cfg, err := s.reshareConfig(in, nil)
+	if err != nil {
+		return err
+	}
+	return frost.VerifyComplaint(cfg, c)
+}
+
+type frostReshare struct{ *frost.Reshare }
+
+func (r frostReshare) result() (public []byte, share *secret.Bytes, err error) {
+	s, err := r.Result()
+	if err != nil {
+		return nil, nil, err
+	}
+	defer s.Wipe()
+	share, err = s.Secret()
+	return s.Group.Encode(), share, err
 }
 
 type frostKeygen struct{ *frost.Keygen }

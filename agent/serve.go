@@ -243,10 +243,10 @@ func (s signerAPI) Sign(ctx context.Context, r *apipb.SignRequest) (*apipb.SignR
 	}
 	act := k.active.Load()
 	switch {
-	case k.entry.State != "active":
-		return nil, &apiError{connect.CodeFailedPrecondition, "KEY_" + strings.ToUpper(k.entry.State), fmt.Sprintf("key %q is %s by the roster", r.Key, k.entry.State),
+	case k.entry().State != "active":
+		return nil, &apiError{connect.CodeFailedPrecondition, "KEY_" + strings.ToUpper(k.entry().State), fmt.Sprintf("key %q is %s by the roster", r.Key, k.entry().State),
 			"ask the security team"}
-	case len(r.Digest) > 0 && !(k.entry.Prehashed && k.scheme.traits().digest):
+	case len(r.Digest) > 0 && !(k.entry().Prehashed && k.scheme.traits().digest):
 		return nil, &apiError{connect.CodePermissionDenied, "NO_DIGESTS", fmt.Sprintf("key %q signs whole messages", r.Key),
 			"send the message; the security team may set `prehashed = true` for ECDSA keys in the roster"}
 	case len(r.Digest) > 0 && (len(r.Digest) != sha256.Size || len(r.Message) > 0):
@@ -275,7 +275,7 @@ func (s signerAPI) Sign(ctx context.Context, r *apipb.SignRequest) (*apipb.SignR
 
 // GetKey describes one key.
 func (s signerAPI) GetKey(ctx context.Context, r *apipb.GetKeyRequest) (*apipb.Key, error) {
-	if k := s.a.keys[r.Key]; s.admin && k != nil {
+	if k := s.a.key(r.Key); s.admin && k != nil {
 		return k.describe(s.a.self), nil
 	}
 	k, _, err := s.a.authorise(ctx, r.Key)
@@ -288,7 +288,7 @@ func (s signerAPI) GetKey(ctx context.Context, r *apipb.GetKeyRequest) (*apipb.K
 // ListKeys describes the keys that the caller may use, or all.
 func (s signerAPI) ListKeys(ctx context.Context, _ *apipb.ListKeysRequest) (*apipb.ListKeysResponse, error) {
 	out := &apipb.ListKeysResponse{}
-	for _, k := range s.a.sorted {
+	for _, k := range s.a.keys() {
 		if _, _, err := s.a.authorise(ctx, k.id.Name); s.admin || err == nil {
 			out.Keys = append(out.Keys, k.describe(s.a.self))
 		}
@@ -303,12 +303,12 @@ func (a *Agent) authorise(ctx context.Context, name string) (*key, caller, error
 	if !ok {
 		return nil, caller{}, &apiError{connect.CodeUnauthenticated, "NO_CREDENTIALS", "the kernel does not say who is calling", "connect to the unix socket directly"}
 	}
-	k := a.keys[name]
+	k := a.key(name)
 	if k == nil {
 		return nil, who, &apiError{connect.CodeNotFound, "UNKNOWN_KEY", fmt.Sprintf("the roster gives this host no key %q", name),
 			"`conseal keys` lists the keys of this host"}
 	}
-	if !mayUse(k.entry.Users, who.UID) {
+	if !mayUse(k.entry().Users, who.UID) {
 		return nil, who, &apiError{connect.CodePermissionDenied, "NOT_ALLOWED", fmt.Sprintf("uid %d may not use key %q", who.UID, name),
 			fmt.Sprintf("the security team adds the user to `users` of key %q in the roster", name)}
 	}
@@ -358,7 +358,7 @@ type adminAPI struct{ a *Agent }
 func (s adminAPI) Status(context.Context, *apipb.StatusRequest) (*apipb.StatusResponse, error) {
 	a := s.a
 	out := &apipb.StatusResponse{
-		Fleet: a.roster.Fleet, Host: string(a.self), Version: a.version, RosterVersion: a.roster.Version, RosterDigest: a.digest[:],
+		Fleet: a.roster().Fleet, Host: string(a.self), Version: a.version, RosterVersion: a.roster().Version, RosterDigest: a.rosterDigest(),
 		Protector: a.protector.Name(), Erasure: a.erasure, ErasureWhy: a.erasureWhy, Started: a.started.UTC().Format(time.RFC3339),
 	}
 	if v := a.vault.Load(); v != nil {
@@ -374,10 +374,50 @@ func (s adminAPI) Status(context.Context, *apipb.StatusRequest) (*apipb.StatusRe
 			Error: p.Err, RosterVersion: a.peers[p.Host],
 		})
 	}
-	for _, k := range a.sorted {
+	for _, k := range a.keys() {
 		d := k.describe(a.self)
 		d.Presignatures = a.presignatures(k)
 		out.Keys = append(out.Keys, d)
 	}
 	return out, nil
+}
+
+// Refresh gives a key new shares.
+func (s adminAPI) Refresh(ctx context.Context, r *apipb.RefreshRequest) (*apipb.Key, error) {
+	a := s.a
+	ctx, cancel := context.WithTimeout(ctx, 2*a.config.Limits.KeygenDeadline)
+	defer cancel()
+	k := a.key(r.Key)
+	if k == nil {
+		return nil, &apiError{connect.CodeNotFound, "UNKNOWN_KEY", fmt.Sprintf("the roster gives this host no key %q", r.Key), "`conseal status` lists the keys of this host"}
+	}
+	before := k.active.Load()
+	if before == nil || k.entry().State == "deleted" {
+		d := k.describe(a.self)
+		return nil, &apiError{connect.CodeUnavailable, "KEY_NOT_READY", fmt.Sprintf("key %q is not ready on this host: %s: %s", r.Key, d.Condition, d.Detail), "ask on a host that has its share"}
+	}
+	k.refresh(before)
+	a.nudge()
+	for {
+		news := k.newsNow()
+		if act := k.active.Load(); act != nil && act != before {
+			return k.describe(a.self), nil
+		}
+		if !wait(ctx, news) {
+			k.mu.Lock()
+			next := k.next
+			k.mu.Unlock()
+			return nil, &apiError{connect.CodeDeadlineExceeded, "DEADLINE", fmt.Sprintf("key %q has no new shares yet: %s; the hosts go on trying, and the present ones sign", r.Key, next),
+				"mend what it says; `conseal status --watch` shows when it is done"}
+		}
+	}
+}
+
+// LoadRoster takes up the roster's file.
+func (s adminAPI) LoadRoster(context.Context, *apipb.LoadRosterRequest) (*apipb.LoadRosterResponse, error) {
+	changed, err := s.a.LoadRoster()
+	if err != nil {
+		return nil, &apiError{connect.CodeFailedPrecondition, "ROSTER", err.Error(), "correct the file, or leave it: the present roster stays in force"}
+	}
+	return &apipb.LoadRosterResponse{Version: s.a.roster().Version, Changed: changed}, nil
 }

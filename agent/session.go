@@ -11,6 +11,7 @@ import (
 
 	"conseal/agent/peer/peerpb"
 	"conseal/protocol"
+	"conseal/protocol/dealing"
 )
 
 // Reasons with which a host leaves a session; stable, for programs.
@@ -22,6 +23,7 @@ const (
 	reasonAborted   = "ABORTED"   // a protocol message was wrong, or time ran out
 	reasonNoLedger  = "NO_LEDGER" // the host's audit log cannot be written
 	reasonSuspended = "SUSPENDED"
+	reasonBehind    = "BEHIND" // the host knows a later epoch of the key, and has sent its certificate
 	reasonSealed    = "SEALED" // the host's hardware does not open its share
 	// the host does not have the presignature, so the next attempt goes without
 	reasonNoPresignature = "NO_PRESIGNATURE"
@@ -33,6 +35,8 @@ type partyError struct {
 	host   protocol.HostID
 	reason string // one of the above; "" for a lost connection or silence
 	text   string
+	// complaint is a proof that a dealer cheated, if the host sent one.
+	complaint []byte
 }
 
 func (e *partyError) Error() string { return fmt.Sprintf("host %q: %s", e.host, e.text) }
@@ -255,7 +259,12 @@ func hangUp(box *inbox, send sender, cause error) {
 		reason = party.reason
 	}
 	for _, h := range box.parties {
-		_ = send(h, endFrame(box.id, reason, text)) // it may be gone itself
+		f := endFrame(box.id, reason, text)
+		var proof *dealing.Complaint
+		if errors.As(cause, &proof) {
+			f.GetEnd().Complaint = proof.Encode()
+		}
+		_ = send(h, f) // it may be gone itself
 	}
 }
 

@@ -66,7 +66,7 @@ func openBox(t *testing.T, s *sessions, id byte, parties ...protocol.HostID) *in
 }
 
 func end(from protocol.HostID, reason, text string) event {
-	return event{from: from, err: &partyError{from, reason, text}}
+	return event{from: from, err: &partyError{host: from, reason: reason, text: text}}
 }
 
 func step(from protocol.HostID, round uint32) event {

@@ -16,12 +16,17 @@ import (
 
 	"conseal/agent/api/apipb"
 	"conseal/agent/peer/peerpb"
+	"conseal/agent/vault"
 	"conseal/internal/failpoint"
 	"conseal/protocol"
 )
 
 // failedFor is how long a host that failed in a session is asked last.
 const failedFor = 30 * time.Second
+
+// changeTime is how long a request waits, in all, for hosts to take up the epoch that
+// others have.
+const changeTime = 3 * time.Second
 
 // request is one request for a signature, at the host that was asked.
 type request struct {
@@ -71,14 +76,23 @@ func (a *Agent) attemptTime(k *key) time.Duration {
 func (a *Agent) sign(ctx context.Context, r *request) (*apipb.SignResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, a.config.Limits.SignDeadline)
 	defer cancel()
+	changing, stop := context.WithTimeout(ctx, changeTime)
+	defer stop()
 	var failures []error
 	excluded := map[protocol.HostID]bool{}
 	for {
+		news := r.k.newsNow()
+		if act := r.k.active.Load(); act != nil {
+			r.act = act
+		}
 		var signers []protocol.HostID
 		with := a.takePresigned(r, excluded)
 		if with != nil {
 			signers = with.signers
 		} else if signers = a.pick(r.k, r.act, excluded); signers == nil {
+			if a.changing(r.k, excluded) && wait(changing, news) {
+				continue
+			}
 			return nil, a.noQuorum(r.k, failures)
 		}
 		session, sig, err := a.attempt(ctx, r, signers, with)
@@ -90,6 +104,9 @@ func (a *Agent) sign(ctx context.Context, r *request) (*apipb.SignResponse, erro
 		}
 		if lacksPresignature(err) && ctx.Err() == nil {
 			continue // there are fewer now
+		}
+		if isBehind(err) && ctx.Err() == nil && (r.act != r.k.active.Load() || wait(changing, news)) {
+			continue // with the epoch that was taken up meanwhile
 		}
 		failures = append(failures, err)
 		a.log.Warn("signing session failed", "key", r.k.id.Name, "session", session.String(), "signers", signers, "error", err)
@@ -105,11 +122,52 @@ func (a *Agent) sign(ctx context.Context, r *request) (*apipb.SignResponse, erro
 // takePresigned takes a presignature out of the stock, if there is one with live
 // signers and the request may use it.
 func (a *Agent) takePresigned(r *request, excluded map[protocol.HostID]bool) *presigned {
-	if len(r.message) == 0 && !r.k.entry.PrehashedPresignatures {
+	if len(r.message) == 0 && !r.k.entry().PrehashedPresignatures {
 		return nil
 	}
 	live := r.k.live(a.self)
 	return r.act.stock.any(a.self, func(h protocol.HostID) bool { return slices.Contains(live, h) && !excluded[h] })
+}
+
+// changing tells whether too few hosts have this host's epoch because some are about to
+// take up another: those that are connected and say that they have one.
+func (a *Agent) changing(k *key, excluded map[protocol.HostID]bool) bool {
+	act := k.active.Load()
+	if act == nil {
+		return false
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	there := 0
+	for _, h := range act.output.holders {
+		if h == a.self || !excluded[h] && k.views[h].Active {
+			there++
+		}
+	}
+	return there >= act.output.quorum
+}
+
+// newsNow is closed when this host or another takes up an epoch from now on.
+func (k *key) newsNow() <-chan struct{} {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.news
+}
+
+// wait is false if ctx ends first.
+func wait(ctx context.Context, news <-chan struct{}) bool {
+	select {
+	case <-news:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// isBehind tells whether an attempt failed because a host has taken up a later epoch.
+func isBehind(err error) bool {
+	var party *partyError
+	return errors.Is(err, errOver) || errors.As(err, &party) && party.reason == reasonBehind
 }
 
 // lacksPresignature tells whether an attempt failed only because a host does not have
@@ -298,7 +356,7 @@ func (a *Agent) afterEntry(ctx context.Context, logged func(context.Context) err
 
 func (a *Agent) signBinding(operation string, k *key, act *active, signers []protocol.HostID, request, nonce [32]byte) protocol.Binding {
 	b := k.binding(operation, act.certificate.Subject.Number, signers, nonce)
-	b.Certificate, b.Quorum, b.Request = act.id, uint64(act.output.quorum), request
+	b.Certificate, b.Quorum, b.Request, b.Entry = act.id, uint64(act.output.quorum), request, act.certificate.Subject.Entry
 	return b
 }
 
@@ -318,7 +376,7 @@ func (a *Agent) joinSign(ctx context.Context, from protocol.HostID, k *key, b *p
 		return err
 	}
 	if online(b.Operation) && (with == nil || !slices.Equal(with.signers, b.Parties)) {
-		return &partyError{a.self, reasonNoPresignature, "it does not have this presignature"}
+		return &partyError{host: a.self, reason: reasonNoPresignature, text: "it does not have this presignature"}
 	}
 	defer a.calm.enter()()
 	ctx, cancel := context.WithTimeoutCause(ctx, a.attemptTime(k), errors.New("the asking host took too long"))
@@ -352,9 +410,9 @@ func (a *Agent) maySign(from protocol.HostID, k *key, act *active, b *protocol.B
 	}
 	refuse := a.refuse
 	switch {
-	case onDigest(b.Operation) && (len(message) > 0 || !k.entry.Prehashed || !k.scheme.traits().digest):
+	case onDigest(b.Operation) && (len(message) > 0 || !k.entry().Prehashed || !k.scheme.traits().digest):
 		return refuse(reasonRefused, "its roster does not let this key sign digests")
-	case b.Operation == opOnlineDigest && !k.entry.PrehashedPresignatures:
+	case b.Operation == opOnlineDigest && !k.entry().PrehashedPresignatures:
 		return refuse(reasonRefused, "its roster does not let this key sign digests with presignatures")
 	case onDigest(b.Operation):
 	case len(message) == 0 || len(message) > a.config.Limits.Message:
@@ -366,19 +424,24 @@ func (a *Agent) maySign(from protocol.HostID, k *key, act *active, b *protocol.B
 }
 
 func (a *Agent) refuse(reason, format string, args ...any) error {
-	return &partyError{a.self, reason, fmt.Sprintf(format, args...)}
+	return &partyError{host: a.self, reason: reason, text: fmt.Sprintf(format, args...)}
 }
 
 // mayTakePart checks what holds for presigning as for signing.
 func (a *Agent) mayTakePart(from protocol.HostID, k *key, act *active, b *protocol.Binding) error {
 	refuse := a.refuse
 	switch {
-	case k.entry.State == "suspended":
+	case k.entry().State == "suspended":
 		return refuse(reasonSuspended, "the key is suspended by its roster")
-	case k.entry.State != "active":
-		return refuse(reasonRefused, "the key is %s by its roster", k.entry.State)
+	case k.entry().State != "active":
+		return refuse(reasonRefused, "the key is %s by its roster", k.entry().State)
 	case act == nil:
 		return refuse(reasonNotReady, "it has no share of the key ready")
+	case act.number().Compare(vault.Number{Roster: b.Epoch[0], Attempt: b.Epoch[1]}) > 0:
+		a.offerKnown(k, from)
+		return refuse(reasonBehind, "host %q is behind: the key is at epoch %s here, and at %d.%d there", from, act.number(), b.Epoch[0], b.Epoch[1])
+	case act.number().Compare(vault.Number{Roster: b.Epoch[0], Attempt: b.Epoch[1]}) < 0:
+		return refuse(reasonNotReady, "it is behind: the key is at epoch %s here, and at %d.%d there", act.number(), b.Epoch[0], b.Epoch[1])
 	case !k.asks(from):
 		return refuse(reasonRefused, "its roster does not let host %q ask for this key", from)
 	}
@@ -392,7 +455,7 @@ func (a *Agent) mayTakePart(from protocol.HostID, k *key, act *active, b *protoc
 		return refuse(reasonDiffers, "%d signers for a quorum of %d", len(b.Parties), act.output.quorum)
 	}
 	for _, h := range b.Parties {
-		if !k.holds(h) {
+		if !slices.Contains(act.output.holders, h) {
 			return refuse(reasonDiffers, "host %q holds no share", h)
 		}
 	}
@@ -403,20 +466,24 @@ func (a *Agent) mayTakePart(from protocol.HostID, k *key, act *active, b *protoc
 	return nil
 }
 
-func (k *key) holds(h protocol.HostID) bool { return slices.Contains(k.holders, h) }
+func (k *key) holds(h protocol.HostID) bool { return slices.Contains(k.holders(), h) }
 
 // asks tells whether a host may ask the others to sign.
 func (k *key) asks(h protocol.HostID) bool {
-	if len(k.entry.Askers) == 0 {
+	if len(k.entry().Askers) == 0 {
 		return k.holds(h)
 	}
-	return slices.Contains(k.entry.Askers, string(h))
+	return slices.Contains(k.entry().Askers, string(h))
 }
 
 // noQuorum says who is missing, and what the attempts failed of, if there were any.
 func (a *Agent) noQuorum(k *key, failures []error) error {
 	live := k.live(a.self)
-	text := fmt.Sprintf("key %q: %d of %d hosts are there: %s", k.id.Name, len(live), k.entry.Quorum, a.missing(k, live))
+	quorum := k.entry().Quorum
+	if act := k.active.Load(); act != nil {
+		quorum = act.output.quorum
+	}
+	text := fmt.Sprintf("key %q: %d of %d hosts are there: %s", k.id.Name, len(live), quorum, a.missing(k, live))
 	if len(failures) > 0 {
 		text += "; attempts failed: " + joinErrors(failures)
 	}
@@ -452,7 +519,11 @@ func joinErrors(errs []error) string {
 // missing lists the holders that are not live, with the reason.
 func (a *Agent) missing(k *key, live []protocol.HostID) string {
 	var missing []protocol.HostID
-	for _, h := range k.holders {
+	holders := k.holders()
+	if act := k.active.Load(); act != nil {
+		holders = act.output.holders
+	}
+	for _, h := range holders {
 		if !slices.Contains(live, h) {
 			missing = append(missing, h)
 		}
@@ -460,7 +531,31 @@ func (a *Agent) missing(k *key, live []protocol.HostID) string {
 	if len(missing) == 0 {
 		return "none is missing"
 	}
-	return "missing " + a.whyMissing(missing)
+	return "missing " + a.whyMissing(missing) + a.epochs(k, missing)
+}
+
+// epochs says which hosts are at another epoch than this one.
+func (a *Agent) epochs(k *key, hosts []protocol.HostID) string {
+	act := k.active.Load()
+	if act == nil {
+		return ""
+	}
+	var text []string
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, h := range hosts {
+		switch v := k.views[h]; {
+		case !v.Active:
+		case v.Number.Compare(act.number()) < 0:
+			text = append(text, fmt.Sprintf("%q is behind, at epoch %s of %s", h, v.Number, act.number()))
+		case v.Number.Compare(act.number()) > 0:
+			text = append(text, fmt.Sprintf("this host is behind %q, at epoch %s of %s", h, act.number(), v.Number))
+		}
+	}
+	if len(text) == 0 {
+		return ""
+	}
+	return "; " + strings.Join(text, ", ")
 }
 
 // whyMissing says of each host why it cannot be counted on.

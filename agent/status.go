@@ -2,6 +2,7 @@ package agent
 
 import (
 	"fmt"
+	"slices"
 
 	"conseal/agent/epoch"
 	"conseal/agent/peer/peerpb"
@@ -11,18 +12,21 @@ import (
 
 // announce tells a key's other hosts what this host has of it.
 func (a *Agent) announce(k *key) {
-	for _, h := range k.holders {
+	for _, h := range k.circle() {
 		if h != a.self {
 			a.tell(h, k)
 		}
 	}
 }
 
-// announceUnborn repeats what is not settled: a message that was lost with its
+// announceUnsettled repeats what is not settled: a message that was lost with its
 // connection is never missed for long.
-func (a *Agent) announceUnborn() {
-	for _, k := range a.sorted {
-		if k.active.Load() == nil {
+func (a *Agent) announceUnsettled() {
+	for _, k := range a.keys() {
+		k.mu.Lock()
+		settled := k.settled
+		k.mu.Unlock()
+		if a.mine(k) && (k.active.Load() == nil || !settled) {
 			a.announce(k)
 		}
 	}
@@ -35,27 +39,23 @@ func (a *Agent) tell(to protocol.HostID, k *key) {
 }
 
 func (a *Agent) keyStatus(k *key) *peerpb.KeyStatus {
-	s := &peerpb.KeyStatus{Key: k.id.Name, Incarnation: k.id.Incarnation, Entry: k.digest[:]}
-	if act := k.active.Load(); act != nil {
+	digest, act := k.digest(), k.active.Load()
+	s := &peerpb.KeyStatus{Key: k.id.Name, Incarnation: k.id.Incarnation, Entry: digest[:]}
+	if act != nil {
 		s.Active, s.Certificate = number(act.certificate.Subject.Number), act.id[:]
-		return s
-	}
-	if a.vault.Load() == nil {
-		s.Unknown = true
-		return s
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	own, ok := k.views[a.self]
-	if !ok || own.Active { // not looked at yet, or a certificate that could not be taken up: never "none"
-		s.Unknown = true
+	if act == nil && (!ok || a.vault.Load() == nil || own.Active && k.known.number().Compare(own.Number) <= 0) {
+		s.Unknown = true // not looked at yet, or a share that could not be taken up: never "none"
 		return s
 	}
 	for _, st := range own.Staged {
 		s.Staged = append(s.Staged, staged(st))
 	}
-	if statement, ok := k.statements[a.self]; ok && own.Voted != nil {
-		if encoded, err := statement.Encode(); err == nil {
+	if said := k.statements[a.self]; own.Voted != nil && said.about == *own.Voted && said.entry == digest {
+		if encoded, err := said.Statement.Encode(); err == nil {
 			s.Voted, s.Statement = staged(*own.Voted), encoded
 		}
 	}
@@ -64,12 +64,18 @@ func (a *Agent) keyStatus(k *key) *peerpb.KeyStatus {
 
 // hear takes a peer's status of a key.
 func (a *Agent) hear(from protocol.HostID, s *peerpb.KeyStatus) error {
-	k := a.keys[s.Key]
-	if k == nil || !k.holds(from) || k.id.Incarnation != s.Incarnation {
+	k := a.key(s.Key)
+	if k == nil || k.id.Incarnation != s.Incarnation {
 		return nil // its roster is another than ours: it will say so again
 	}
 	view := epoch.View{Heard: true, Unreadable: s.Unknown, Active: s.Active != nil}
 	var err error
+	if view.Active {
+		view.Number = vault.Number{Roster: s.Active.Roster, Attempt: s.Active.Attempt}
+		if view.Certificate, err = digest(s.Certificate); err != nil {
+			return err
+		}
+	}
 	if view.Entry, err = digest(s.Entry); err != nil {
 		return err
 	}
@@ -83,29 +89,56 @@ func (a *Agent) hear(from protocol.HostID, s *peerpb.KeyStatus) error {
 		}
 		view.Staged = append(view.Staged, st)
 	}
-	if err := k.tooFar(a.self, a.roster.Version, view.Staged); err != nil {
+	if err := k.tooFar(a.self, a.roster().Version, view); err != nil {
 		return err
 	}
-	var statement *epoch.Statement
+	var vote *said
 	if s.Voted != nil {
-		if view.Voted, statement, err = a.parseVote(k, from, s); err != nil {
+		if view.Voted, vote, err = a.parseVote(k, from, s); err != nil {
 			return err
 		}
 	}
-	return a.heard(k, from, view, statement, s.Certificate)
+	a.heard(k, from, view, vote)
+	if k.behind(view.Number) || !k.concerns(from) {
+		a.offerKnown(k, from) // it is to hear of the epoch, and of who has it
+		a.tell(from, k)
+	}
+	return nil
+}
+
+// exists tells whether the key was born, as far as this host knows or was told.
+func (k *key) exists() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, v := range k.views {
+		if v.Active {
+			return true
+		}
+	}
+	return k.known != nil
+}
+
+// behind tells whether a host that says it is at epoch n lags behind this one.
+func (k *key) behind(n vault.Number) bool {
+	act := k.active.Load()
+	return act != nil && n != vault.Number{} && n.Compare(act.certificate.Subject.Number) < 0
 }
 
 // tooFar refuses numbers that [Agent.mayGenerate] would refuse to go beyond: they
 // would stop every generation here, in this host's name.
-func (k *key) tooFar(self protocol.HostID, version uint64, claimed []epoch.Staged) error {
+func (k *key) tooFar(self protocol.HostID, version uint64, view epoch.View) error {
 	k.mu.Lock()
-	own := k.views[self].Staged
+	own, base := k.views[self].Staged, k.known.number()
 	k.mu.Unlock()
+	claimed := view.Staged
+	if view.Voted != nil {
+		claimed = append(slices.Clone(claimed), *view.Voted)
+	}
+	highest := base.Attempt
+	for _, s := range own {
+		highest = max(highest, s.Number.Attempt)
+	}
 	for _, st := range claimed {
-		highest := uint64(0)
-		for _, s := range own {
-			highest = max(highest, s.Number.Attempt)
-		}
 		if st.Number.Roster > version+maxJump || st.Number.Attempt >= highest+maxJump {
 			return fmt.Errorf("key %q: staged epoch %s jumps too far ahead", k.id.Name, st.Number)
 		}
@@ -114,31 +147,23 @@ func (k *key) tooFar(self protocol.HostID, version uint64, claimed []epoch.Stage
 }
 
 // heard enters a peer's view of a key.
-func (a *Agent) heard(k *key, from protocol.HostID, view epoch.View, statement *epoch.Statement, claim []byte) error {
-	var id [32]byte
-	if view.Active {
-		var err error
-		if id, err = digest(claim); err != nil {
-			return err
-		}
-	}
+func (a *Agent) heard(k *key, from protocol.HostID, view epoch.View, vote *said) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.views[from] = view
-	delete(k.claims, from)
-	if view.Active {
-		k.claims[from] = id
+	if k.views[from].Certificate != view.Certificate {
+		k.tellNews()
 	}
-	if statement != nil {
-		k.statements[from] = *statement
+	k.views[from] = view
+	if vote != nil {
+		k.statements[from] = *vote
 	}
 	a.nudge()
-	return nil
 }
 
-// parseVote checks the signature under a peer's vote. A signature that does not
-// fit because the peer's roster differs is no vote.
-func (a *Agent) parseVote(k *key, from protocol.HostID, s *peerpb.KeyStatus) (*epoch.Staged, *epoch.Statement, error) {
+// parseVote checks the signature under a peer's vote. One that this host cannot check,
+// because its roster is another or it has not staged the like, is no vote; the peer
+// says it again.
+func (a *Agent) parseVote(k *key, from protocol.HostID, s *peerpb.KeyStatus) (*epoch.Staged, *said, error) {
 	voted, err := parseStaged(s.Voted)
 	if err != nil {
 		return nil, nil, err
@@ -150,14 +175,19 @@ func (a *Agent) parseVote(k *key, from protocol.HostID, s *peerpb.KeyStatus) (*e
 	if statement.Holder != from {
 		return nil, nil, fmt.Errorf("statement of %q", statement.Holder)
 	}
-	if string(s.Entry) != string(k.digest[:]) {
+	entry, v := k.digest(), a.vault.Load()
+	if string(s.Entry) != string(entry[:]) || v == nil {
 		return &voted, nil, nil
 	}
-	subject := k.subject(a.roster.Fleet, voted)
-	if err := subject.Verify(statement, k.pins(a.roster)[from]); err != nil {
+	parent, unknown := a.parent(k, v, voted.Number)
+	subject := k.subject(a.roster().Fleet, voted, parent)
+	if err := subject.Verify(statement, k.pins([]protocol.HostID{from})[from]); err != nil {
+		if unknown != nil && k.exists() { // then it may have a parent
+			return &voted, nil, nil
+		}
 		return nil, nil, err
 	}
-	return &voted, &statement, nil
+	return &voted, &said{statement, voted, entry}, nil
 }
 
 func number(n vault.Number) *peerpb.Number {

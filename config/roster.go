@@ -9,6 +9,7 @@ import (
 	"hash"
 	"reflect"
 	"slices"
+	"time"
 )
 
 // Roster says what should be: which hosts and keys there are, who holds each
@@ -87,6 +88,10 @@ type Key struct {
 	// "each": for one use. Without "held" there are no presignatures. Default: "held".
 	// docs/seal-policy.md says against whom each helps.
 	Open Opening `toml:"open"`
+	// Refresh is how old shares may get, such as "720h", 1m to 87600h: then the hosts
+	// make new ones, under the same public key, and old ones are of no use. Empty: they
+	// are replaced when hosts or quorum change, and by "conseal key refresh".
+	Refresh time.Duration `toml:"refresh,omitempty"`
 }
 
 // PublicKey is a public key in the form of its scheme; hexadecimal as text.
@@ -178,7 +183,8 @@ func find[T any](list []T, is func(*T) bool) (*T, bool) {
 //	hosts by name: name, address, identity pin, protector, role;
 //	keys by name: name, incarnation, scheme, quorum, hosts*, state, purpose,
 //	    generate (0 or 1), public key, users*, askers*,       (* sorted)
-//	    prehashed, prehashed_presignatures (0 or 1), open
+//	    prehashed, prehashed_presignatures (0 or 1), open, and, if it
+//	    is set, "refresh =" and refresh in nanoseconds
 func (r *Roster) Digest() [32]byte {
 	h := digest{sha256.New()}
 	h.text("conseal roster v1", r.Fleet)
@@ -202,6 +208,10 @@ func (r *Roster) Digest() [32]byte {
 		h.flag(k.Prehashed)
 		h.flag(k.PrehashedPresignatures)
 		h.text(string(k.Open))
+		if k.Refresh != 0 { // what was not known to an earlier version and is not used changes no digest
+			h.text("refresh =")
+			h.number(uint64(k.Refresh))
+		}
 	}
 	return h.sum()
 }

@@ -320,6 +320,11 @@ protector = "tpm"
 	if got, want := r.Digest(), whole.sum(); got != want {
 		t.Errorf("Digest: got %x, want %x", got, want)
 	}
+	r.Keys[0].Refresh = time.Hour
+	whole.text("refresh =").number(uint64(time.Hour))
+	if got, want := r.Digest(), whole.sum(); got != want {
+		t.Errorf("Digest with a refresh: got %x, want %x", got, want)
+	}
 	entry.text("conseal roster entry v1", "release").number(3).text("ed25519").number(2).number(2)
 	entry.text("alpha", string(a[:])).text("beta", string(b[:]))
 	got, err := r.EntryDigest("release")

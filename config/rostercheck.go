@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // check adds what is wrong with the roster as a whole.
@@ -101,6 +102,9 @@ func (c *keyChecker) check(at string, k *Key) {
 		c.add(at+"incarnation", "0: wants 1 or more")
 	}
 	c.checkBirth(at, k)
+	if k.Refresh != 0 {
+		c.lasts(at+"refresh", k.Refresh, time.Minute, 10*365*24*time.Hour)
+	}
 	for _, u := range k.Users {
 		if !isUser(u) {
 			c.add(at+"users", `%s: wants "uid:NUMBER" or the name of a user`, clip(strconv.Quote(u)))

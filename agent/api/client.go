@@ -93,6 +93,18 @@ func (c *Client) Status(ctx context.Context) (*apipb.StatusResponse, error) {
 	return r, Explain(err)
 }
 
+// Refresh gives a key new shares, on the admin socket, and waits until the host has them.
+func (c *Client) Refresh(ctx context.Context, key string) (*apipb.Key, error) {
+	r, err := c.admin.Refresh(ctx, &apipb.RefreshRequest{Key: key})
+	return r, Explain(err)
+}
+
+// LoadRoster has the agent read its roster's file again, on the admin socket.
+func (c *Client) LoadRoster(ctx context.Context) (*apipb.LoadRosterResponse, error) {
+	r, err := c.admin.LoadRoster(ctx, &apipb.LoadRosterRequest{})
+	return r, Explain(err)
+}
+
 // Measure describes the host's measured state in a document for its security team. It
 // is served on the admin socket, as what follows.
 func (c *Client) Measure(ctx context.Context) ([]byte, error) {

@@ -24,9 +24,12 @@ type View struct {
 	Staged     []Staged
 	Voted      *Staged
 	Active     bool
+	// Of the epoch that is active.
+	Number      vault.Number
+	Certificate [32]byte
 }
 
-// Step is what to do next about an unborn key.
+// Step is what to do next about a key.
 type Step int
 
 // The steps.
@@ -37,12 +40,15 @@ const (
 	Vote                 // make a vote for Choice durable, sign it, tell all
 	Certify              // all holders voted for Choice: put the certificate together
 	Fetch                // ask host From for its certificate
+	Lead                 // run a resharing for Number, after Rank others had the time to
+	Settled              // nothing is wanted
 )
 
-// Action is what [Next] decided.
+// Action is what [Next] or [Renew] decided.
 type Action struct {
 	Step   Step
-	Number vault.Number // Generate
+	Number vault.Number // Generate, Lead
+	Rank   int          // Lead
 	Choice Staged       // Vote, Certify
 	From   protocol.HostID
 	Why    string // Wait, Stuck: for people

@@ -180,6 +180,28 @@ func (c *Certificate) Verify(pins map[protocol.HostID][32]byte) error {
 	return nil
 }
 
+// VerifySome checks the statements of the holders in pins, each of which must be there.
+// It says nothing of the others: who cannot check them, because the roster has other
+// hosts by now, believes the certificate only as far as these hosts are to be believed.
+func (c *Certificate) VerifySome(pins map[protocol.HostID][32]byte) error {
+	if len(pins) == 0 {
+		return errors.New("certificate with no holder that the roster has")
+	}
+	if OutputDigest(c.Subject.Scheme, c.Public) != c.Subject.Output {
+		return errors.New("certificate is about another public output than it holds")
+	}
+	for h, pin := range pins {
+		at := slices.IndexFunc(c.Statements, func(st Statement) bool { return st.Holder == h })
+		if at < 0 {
+			return fmt.Errorf("certificate has no statement of %q", h)
+		}
+		if err := c.Subject.Verify(c.Statements[at], pin); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Encode returns the canonical encoding, DER.
 func (c *Certificate) Encode() ([]byte, error) {
 	out := asn1Certificate{Version: 1, Subject: c.Subject.asn1(), Public: c.Public}

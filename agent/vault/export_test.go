@@ -11,15 +11,15 @@ import (
 
 // RecodeManifest decodes a manifest and encodes it again.
 func RecodeManifest(b []byte) ([]byte, error) {
-	m, err := decodeManifest(b)
+	m, err := decodeManifest(b, slotVersion)
 	if err != nil {
 		return nil, err
 	}
-	return m.encode(), nil
+	return m.encode(slotVersion), nil
 }
 
 // EncodedManifest is the manifest in plain.
-func (v *Vault) EncodedManifest() []byte { return v.now.Load().encode() }
+func (v *Vault) EncodedManifest() []byte { return v.now.Load().encode(slotVersion) }
 
 // OpenShareFile opens a share's file as if the manifest had its digest.
 func (v *Vault) OpenShareFile(ctx context.Context, id KeyID, n Number) (*secret.Bytes, error) {

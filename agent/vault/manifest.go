@@ -14,6 +14,7 @@ import (
 	"maps"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"conseal/internal/secret"
 )
@@ -32,12 +33,15 @@ type record struct {
 	voted       *Staged
 	active      Number
 	certificate [32]byte // SHA-256 of the active epoch's
+	since       uint64   // when it became active, Unix seconds
+	suspended   uint64   // since when this host signs nothing with the key, Unix seconds; 0: it does
 	shares      []share
 }
 
 type share struct {
 	number  Number
 	output  Output
+	parent  [32]byte // certificate of the epoch that it was made from; zero at birth
 	file    fileName
 	digest  [32]byte  // SHA-256 of the file
 	erasure *[32]byte // without it, the file is noise; one copy, guarded by [Vault.erasing]
@@ -84,7 +88,7 @@ func (r *record) share(n Number) *share {
 }
 
 func (r *record) export(id KeyID) Record {
-	out := Record{Key: id, Entry: r.entry, Active: r.active}
+	out := Record{Key: id, Entry: r.entry, Active: r.active, Since: moment(r.since), Suspended: moment(r.suspended)}
 	if r.voted != nil {
 		vote := *r.voted
 		out.Voted = &vote
@@ -95,6 +99,14 @@ func (r *record) export(id KeyID) Record {
 	return out
 }
 
+// moment is a time as the manifest has it; the zero Time for 0.
+func moment(seconds uint64) time.Time {
+	if seconds == 0 {
+		return time.Time{}
+	}
+	return time.Unix(int64(seconds), 0)
+}
+
 // A slot is magic, version, salt, then AES-256-GCM of the encoded manifest with
 // all before it as associated data, then SHA-256 of all that. The key is
 // HKDF(root, salt): fresh for each write, so the nonce is zero. The tag of the
@@ -102,7 +114,7 @@ func (r *record) export(id KeyID) Record {
 // proves nothing against an attacker, damage from a torn or rotten disk.
 const (
 	slotMagic   = "conseal manifest"
-	slotVersion = 1
+	slotVersion = 2 // 1 is read too: it has no parents, times and suspensions
 	saltSize    = 32
 	tagSize     = 16
 	slots       = 2
@@ -145,7 +157,7 @@ func (v *Vault) writeSlot(slot int, m *manifest, root *secret.Bytes) error {
 	if err != nil {
 		return err
 	}
-	plain := m.encode()
+	plain := m.encode(slotVersion)
 	defer clear(plain)
 	out := append([]byte(slotMagic), slotVersion)
 	out = append(append(out, salt...), tag...)
@@ -187,7 +199,8 @@ func (v *Vault) readSlot(slot int, root *secret.Bytes) (*manifest, error) {
 	if len(b) < header+sha256.Size || string(b[:len(slotMagic)]) != slotMagic {
 		return nil, fmt.Errorf("%w: no manifest; move it away to go on with the other slot, if that is the newer", ErrDamaged)
 	}
-	if version := b[len(slotMagic)]; version != slotVersion {
+	version := b[len(slotMagic)]
+	if version == 0 || version > slotVersion {
 		return nil, fmt.Errorf("format version %d; this program knows %d and leaves it alone", version, slotVersion)
 	}
 	body, digest := b[:len(b)-sha256.Size], b[len(b)-sha256.Size:]
@@ -207,7 +220,7 @@ func (v *Vault) readSlot(slot int, root *secret.Bytes) (*manifest, error) {
 		return nil, fmt.Errorf("%w: not authentic", ErrDamaged)
 	}
 	defer clear(plain)
-	return decodeManifest(plain)
+	return decodeManifest(plain, version)
 }
 
 // size bounds the encoding, in bytes.
@@ -220,7 +233,7 @@ func (m *manifest) size() int {
 }
 
 // encode is canonical: keys are sorted, numbers are big-endian.
-func (m *manifest) encode() []byte {
+func (m *manifest) encode(version byte) []byte {
 	e := encoder{b: make([]byte, 0, m.size())} // never grown: it holds erasure keys
 	e.u64(m.sequence)
 	e.u64(m.roots)
@@ -238,10 +251,17 @@ func (m *manifest) encode() []byte {
 		}
 		e.number(r.active)
 		e.raw(r.certificate[:])
+		if version > 1 {
+			e.u64(r.since)
+			e.u64(r.suspended)
+		}
 		e.u32(len(r.shares))
 		for _, s := range r.shares {
 			e.number(s.number)
 			e.raw(s.output[:])
+			if version > 1 {
+				e.raw(s.parent[:])
+			}
 			e.raw(s.file[:])
 			e.raw(s.digest[:])
 			e.raw(s.erasure[:])
@@ -250,7 +270,7 @@ func (m *manifest) encode() []byte {
 	return e.b
 }
 
-func decodeManifest(b []byte) (*manifest, error) {
+func decodeManifest(b []byte, version byte) (*manifest, error) {
 	d := decoder{b: b}
 	m := &manifest{sequence: d.u64(), roots: d.u64(), host: d.text(), keys: map[KeyID]*record{}}
 	for range d.u32() {
@@ -266,12 +286,18 @@ func decodeManifest(b []byte) (*manifest, error) {
 		}
 		r.active = d.number()
 		d.raw(r.certificate[:])
+		if version > 1 {
+			r.since, r.suspended = d.u64(), d.u64()
+		}
 		for range d.u32() {
 			if d.failed {
 				break
 			}
 			s := share{number: d.number(), erasure: new([32]byte)}
 			d.raw(s.output[:])
+			if version > 1 {
+				d.raw(s.parent[:])
+			}
 			d.raw(s.file[:])
 			d.raw(s.digest[:])
 			d.raw(s.erasure[:])
@@ -279,7 +305,7 @@ func decodeManifest(b []byte) (*manifest, error) {
 		}
 		m.keys[id] = r
 	}
-	again := m.encode()
+	again := m.encode(version)
 	defer clear(again)
 	if d.failed || len(d.b) != 0 || !bytes.Equal(again, b) {
 		return nil, fmt.Errorf("%w: not in canonical form", ErrDamaged)

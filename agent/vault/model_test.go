@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
@@ -21,7 +22,7 @@ import (
 
 // op is one call of a vault, as a test plans it and a child process does it.
 type op struct {
-	Kind     string // create, open, see, stage, vote, activate, drop, reseal
+	Kind     string // create, open, see, stage, vote, activate, retire, drop, reseal
 	Key      vault.KeyID
 	Class    vault.Class // of stage and reseal
 	Number   vault.Number
@@ -46,11 +47,13 @@ func (o op) do(t testing.TB, v *vault.Vault) error {
 	case "see":
 		return v.See(ctx, o.Key, [32]byte{o.Entry})
 	case "stage":
-		return v.Stage(ctx, o.Class, o.Key, o.Number, vault.Output(share), share[:8], secret.Copy(share[:]))
+		return v.Stage(ctx, o.Class, o.Key, o.Number, vault.Output(share), [32]byte{}, share[:8], secret.Copy(share[:]))
 	case "vote":
 		return v.Vote(ctx, o.Key, o.Number, outputOf(v, o.Key, o.Number))
 	case "activate":
 		return v.Activate(ctx, o.Key, o.Number, certificate(o.Key, o.Number))
+	case "retire":
+		return v.Retire(ctx, o.Key, o.Number, certificate(o.Key, o.Number))
 	case "drop":
 		drops := []vault.Drop{{Key: o.Key, Number: o.Number}}
 		if o.Also != (vault.Number{}) {
@@ -133,6 +136,12 @@ func (m model) apply(o op) (model, bool) {
 	case "activate":
 		ok = staged >= 0 && o.Number.Compare(r.Active) >= 0
 		r.Active = o.Number
+	case "retire":
+		above := slices.ContainsFunc(r.Staged, func(s vault.Staged) bool { return s.Number.Compare(o.Number) > 0 })
+		if o.Number.Compare(r.Active) < 0 || o.Number == r.Active && len(r.Staged) == 0 {
+			return m, true
+		}
+		ok, r.Active, r.Staged, r.Own = !above, o.Number, nil, nil
 	case "drop":
 		r.Staged, ok, changed = m.drop(r.Record, o)
 		r.Own = r.own(func(n vault.Number) bool { return slices.Contains(r.Own, n) })
@@ -178,6 +187,10 @@ func (m model) erased(next model) (out []vault.Output) {
 func (m model) diff(v *vault.Vault) string {
 	got := model{}
 	for _, r := range v.Keys() {
+		if (r.Active != vault.Number{}) != (time.Since(r.Since) < time.Hour) {
+			return fmt.Sprintf("epoch %s is active since %s", r.Active, r.Since)
+		}
+		r.Since = time.Time{}
 		got[r.Key] = rests{r, v.Own(r.Key)}
 		for _, s := range r.Staged {
 			err := v.Lend(context.Background(), r.Key, s.Number, func(b []byte) error {
@@ -230,7 +243,7 @@ type fataler interface {
 }
 
 func drawOp(t *rapid.T, i int) op {
-	kinds := []string{"see", "stage", "stage", "stage", "vote", "activate", "drop", "drop", "reseal", "reseal", "open"}
+	kinds := []string{"see", "stage", "stage", "stage", "vote", "activate", "drop", "drop", "retire", "reseal", "reseal", "open"}
 	numbers := []vault.Number{n11, n12, n13, n21}
 	return op{
 		Kind:     rapid.SampledFrom(kinds).Draw(t, "kind"),

@@ -94,7 +94,15 @@ type Record struct {
 	Entry  [32]byte // digest of the roster's entry, as first seen with the mark to generate; zero if never
 	Voted  *Staged  // what this host signed, or is about to sign, that it staged
 	Staged []Staged // every share that it holds, the active one too
-	Active Number   // the epoch that has a certificate; zero if none
+	Active Number   // the highest epoch of which the host has a certificate; zero if none
+
+	Since     time.Time // when this host took that up, to the second
+	Suspended time.Time // since when this host signs nothing with the key; zero: it does
+}
+
+// Holds tells whether the host has the share of epoch n.
+func (r *Record) Holds(n Number) bool {
+	return slices.ContainsFunc(r.Staged, func(s Staged) bool { return s.Number == n })
 }
 
 // Drop names a share to erase.
@@ -336,8 +344,9 @@ func (v *Vault) See(ctx context.Context, id KeyID, entry [32]byte) error {
 
 // Stage stores a new share beside all others: written, synced, read back,
 // decrypted and compared before it counts. public is the public output that
-// output is the digest of. The caller keeps share.
-func (v *Vault) Stage(ctx context.Context, class Class, id KeyID, n Number, output Output, public []byte, share *secret.Bytes) error {
+// output is the digest of; parent names the certificate of the epoch that it was made
+// from, and is zero at birth. The caller keeps share.
+func (v *Vault) Stage(ctx context.Context, class Class, id KeyID, n Number, output Output, parent [32]byte, public []byte, share *secret.Bytes) error {
 	switch {
 	case share.Len() == 0 || share.Len() > MaxShare || len(public) > MaxPublic:
 		return fmt.Errorf("staging epoch %s of key %q: a share of %d and public output of %d bytes are outside the limits", n, id.Name, share.Len(), len(public))
@@ -358,6 +367,7 @@ func (v *Vault) Stage(ctx context.Context, class Class, id KeyID, n Number, outp
 			return fmt.Errorf("staging epoch %s: %w", n, err)
 		}
 		failpoint.Hit("vault/stage/file")
+		s.parent = parent
 		r.shares = append(r.shares, *s)
 		return nil
 	})
@@ -365,8 +375,7 @@ func (v *Vault) Stage(ctx context.Context, class Class, id KeyID, n Number, outp
 
 // Vote makes durable, before anybody hears of it, that this host says it has
 // staged n with that output. It refuses unless the share is there and opens, and
-// n is above all that the host voted for or activated; before a key's birth it
-// votes once. The vote takes a new root, so that no older disk forgets it.
+// n is above all that the host voted for or activated; for a birth it votes once. The vote takes a new root, so that no older disk forgets it.
 // Voting the same again is no error.
 func (v *Vault) Vote(ctx context.Context, id KeyID, n Number, output Output) error {
 	vote := Staged{n, output}
@@ -377,7 +386,7 @@ func (v *Vault) Vote(ctx context.Context, id KeyID, n Number, output Output) err
 			return errNoChange
 		case s == nil || s.output != output:
 			return fmt.Errorf("voting for epoch %s: %w with that output", n, ErrNoShare)
-		case r.voted != nil && r.active == (Number{}):
+		case r.voted != nil && r.active == (Number{}) && s.parent == [32]byte{}:
 			return fmt.Errorf("voting for epoch %s: this host voted for %s, and a key is born once", n, r.voted.Number)
 		case r.voted != nil && n.Compare(r.voted.Number) <= 0 || n.Compare(r.active) <= 0:
 			return fmt.Errorf("voting for epoch %s: a higher one has this host's vote", n)
@@ -410,9 +419,52 @@ func (v *Vault) Activate(ctx context.Context, id KeyID, n Number, certificate []
 			return fmt.Errorf("activating epoch %s: %w", n, err)
 		}
 		failpoint.Hit("vault/activate/certificate")
-		r.active, r.certificate = n, digest
+		r.active, r.certificate, r.since = n, digest, uint64(time.Now().Unix())
 		return nil
 	})
+}
+
+// Retire notes that an epoch is active of which this host is no holder, and erases every
+// share of the key, as [Vault.Drop] does. The caller has verified the certificate, and
+// that a quorum of the epoch's holders has taken it up.
+func (v *Vault) Retire(ctx context.Context, id KeyID, n Number, certificate []byte) error {
+	if len(certificate) == 0 || len(certificate) > MaxCertificate {
+		return fmt.Errorf("retiring from key %q at epoch %s: a certificate of %d bytes", id.Name, n, len(certificate))
+	}
+	v.writing.Lock()
+	defer v.writing.Unlock()
+	if err := v.settle(ctx); err != nil {
+		return err
+	}
+	next := v.now.Load().clone()
+	r := next.edit(id)
+	if n.Compare(r.active) < 0 || n == r.active && len(r.shares) == 0 {
+		return nil
+	}
+	for _, s := range r.shares {
+		if s.number.Compare(n) > 0 {
+			return fmt.Errorf("retiring from key %q at epoch %s: a share of %s is staged", id.Name, n, s.number)
+		}
+	}
+	digest, err := v.writeCertificate(certificate)
+	if err != nil {
+		return fmt.Errorf("retiring from key %q at epoch %s: %w", id.Name, n, err)
+	}
+	erased := r.shares
+	r.active, r.certificate, r.since, r.shares = n, digest, uint64(time.Now().Unix()), nil
+	if err := v.commit(ctx, next, true, erased); err != nil {
+		return fmt.Errorf("retiring from key %q at epoch %s: %w", id.Name, n, err)
+	}
+	return nil
+}
+
+// Parent names the certificate of the epoch that a share was made from.
+func (v *Vault) Parent(id KeyID, n Number) (parent [32]byte, ok bool) {
+	s := v.find(id, n)
+	if s == nil {
+		return parent, false
+	}
+	return s.parent, true
 }
 
 // Drop erases shares for good: once it returns nil, no copy of the folder, older
@@ -519,8 +571,12 @@ func (v *Vault) rewrite(ctx context.Context, class Class, id KeyID, s *share) (*
 	}
 	defer plain.Wipe()
 	anew, err := v.writeShare(ctx, class, id, s.number, s.output, f.public, plain)
+	if err != nil {
+		return nil, err
+	}
+	anew.parent = s.parent
 	failpoint.Hit("vault/reseal/file")
-	return anew, err
+	return anew, nil
 }
 
 // Lend opens a share and lends it to fn, which must not keep it. For a share of class

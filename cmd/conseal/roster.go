@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"conseal/agent/api"
 	"conseal/config"
 )
 
@@ -42,5 +43,39 @@ listed at once.`,
 			return t.Flush()
 		},
 	})
+	c.AddCommand(rosterLoad(e))
+	return c
+}
+
+func rosterLoad(e *env) *cobra.Command {
+	c := &cobra.Command{
+		Use:   "load",
+		Short: "Have this host's agent read its roster's file again (admin socket)",
+		Long: `Have this host's agent read its roster's file again, and take it up if it is newer
+and allowed. Keys go on signing meanwhile. "systemctl reload conseald" does the same.
+If the file is not taken up, the present roster stays in force.`,
+		Args: args(0, 0),
+		RunE: func(c *cobra.Command, _ []string) error {
+			client, err := e.dial()
+			if err != nil {
+				return err
+			}
+			defer client.Close()
+			r, err := client.LoadRoster(c.Context())
+			if err != nil {
+				return err
+			}
+			if e.json {
+				return printJSON(e.out, r)
+			}
+			text := "version %d is in force already\n"
+			if r.Changed {
+				text = "version %d is in force\n"
+			}
+			_, err = fmt.Fprintf(e.out, text, r.Version)
+			return err
+		},
+	}
+	e.socketFlag(c, "CONSEAL_ADMIN_SOCKET", api.AdminSocket)
 	return c
 }

@@ -125,9 +125,30 @@ func run(ctx context.Context, file string, logs io.Writer) error {
 	}
 	a, err := agent.New(options)
 	if err == nil {
+		defer reload(a, log)()
 		err = a.Run(ctx)
 	}
 	return errors.Join(err, hw.close())
+}
+
+// reload has the agent read its roster again at each SIGHUP, until the returned function
+// is called.
+func reload(a *agent.Agent, log *slog.Logger) (stop func()) {
+	hup, done := make(chan os.Signal, 1), make(chan struct{})
+	signal.Notify(hup, unix.SIGHUP)
+	go func() {
+		for {
+			select {
+			case <-done:
+				return
+			case <-hup:
+				if _, err := a.LoadRoster(); err != nil {
+					log.Error("the roster is not taken up", "error", err)
+				}
+			}
+		}
+	}()
+	return func() { signal.Stop(hup); close(done) }
 }
 
 // protectProcess keeps the secrets in this process's memory from core files and

@@ -767,7 +767,7 @@ type Key struct {
 	// State that the roster gives it: "active", "suspended" or "deleted".
 	State string `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`
 	// What this host makes of it: "ready", "generating", "waiting", "lost",
-	// "sealed", "suspended" or "refused".
+	// "sealed", "suspended", "refused", "leaving" or "left".
 	Condition string `protobuf:"bytes,7,opt,name=condition,proto3" json:"condition,omitempty"`
 	// What the condition comes from, and what to do about it. Empty when ready.
 	Detail string `protobuf:"bytes,8,opt,name=detail,proto3" json:"detail,omitempty"`
@@ -785,7 +785,11 @@ type Key struct {
 	Presignatures []*Presignatures `protobuf:"bytes,15,rep,name=presignatures,proto3" json:"presignatures,omitempty"`
 	// How long this host keeps its share opened, by the roster: "held", "each" (for one
 	// use) or a duration such as "15m".
-	Open          string `protobuf:"bytes,16,opt,name=open,proto3" json:"open,omitempty"`
+	Open string `protobuf:"bytes,16,opt,name=open,proto3" json:"open,omitempty"`
+	// How it stands with the next epoch; empty if none is wanted.
+	Next string `protobuf:"bytes,17,opt,name=next,proto3" json:"next,omitempty"`
+	// Since when this host signs with the epoch. RFC 3339; empty if it does not.
+	Since         string `protobuf:"bytes,18,opt,name=since,proto3" json:"since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -932,6 +936,20 @@ func (x *Key) GetOpen() string {
 	return ""
 }
 
+func (x *Key) GetNext() string {
+	if x != nil {
+		return x.Next
+	}
+	return ""
+}
+
+func (x *Key) GetSince() string {
+	if x != nil {
+		return x.Since
+	}
+	return ""
+}
+
 // Presignatures are signatures prepared with one set of signers.
 type Presignatures struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
@@ -994,6 +1012,140 @@ func (x *Presignatures) GetWanted() uint32 {
 	return 0
 }
 
+type RefreshRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RefreshRequest) Reset() {
+	*x = RefreshRequest{}
+	mi := &file_agent_api_conseal_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RefreshRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RefreshRequest) ProtoMessage() {}
+
+func (x *RefreshRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RefreshRequest.ProtoReflect.Descriptor instead.
+func (*RefreshRequest) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *RefreshRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+type LoadRosterRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadRosterRequest) Reset() {
+	*x = LoadRosterRequest{}
+	mi := &file_agent_api_conseal_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadRosterRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadRosterRequest) ProtoMessage() {}
+
+func (x *LoadRosterRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadRosterRequest.ProtoReflect.Descriptor instead.
+func (*LoadRosterRequest) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{16}
+}
+
+type LoadRosterResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// That is in force now.
+	Version uint64 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
+	// Whether another was before.
+	Changed       bool `protobuf:"varint,2,opt,name=changed,proto3" json:"changed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadRosterResponse) Reset() {
+	*x = LoadRosterResponse{}
+	mi := &file_agent_api_conseal_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadRosterResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadRosterResponse) ProtoMessage() {}
+
+func (x *LoadRosterResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadRosterResponse.ProtoReflect.Descriptor instead.
+func (*LoadRosterResponse) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *LoadRosterResponse) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *LoadRosterResponse) GetChanged() bool {
+	if x != nil {
+		return x.Changed
+	}
+	return false
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1002,7 +1154,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_agent_api_conseal_proto_msgTypes[15]
+	mi := &file_agent_api_conseal_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1014,7 +1166,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[15]
+	mi := &file_agent_api_conseal_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1027,7 +1179,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{15}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{18}
 }
 
 type StatusResponse struct {
@@ -1058,7 +1210,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_agent_api_conseal_proto_msgTypes[16]
+	mi := &file_agent_api_conseal_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1070,7 +1222,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[16]
+	mi := &file_agent_api_conseal_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1083,7 +1235,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{16}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *StatusResponse) GetFleet() string {
@@ -1193,7 +1345,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_agent_api_conseal_proto_msgTypes[17]
+	mi := &file_agent_api_conseal_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1205,7 +1357,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[17]
+	mi := &file_agent_api_conseal_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1218,7 +1370,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{17}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Peer) GetName() string {
@@ -1277,7 +1429,7 @@ type ErrorInfo struct {
 
 func (x *ErrorInfo) Reset() {
 	*x = ErrorInfo{}
-	mi := &file_agent_api_conseal_proto_msgTypes[18]
+	mi := &file_agent_api_conseal_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1289,7 +1441,7 @@ func (x *ErrorInfo) String() string {
 func (*ErrorInfo) ProtoMessage() {}
 
 func (x *ErrorInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[18]
+	mi := &file_agent_api_conseal_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1302,7 +1454,7 @@ func (x *ErrorInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ErrorInfo.ProtoReflect.Descriptor instead.
 func (*ErrorInfo) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{18}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ErrorInfo) GetReason() string {
@@ -1369,7 +1521,7 @@ const file_agent_api_conseal_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\"\x11\n" +
 	"\x0fListKeysRequest\"7\n" +
 	"\x10ListKeysResponse\x12#\n" +
-	"\x04keys\x18\x01 \x03(\v2\x0f.conseal.v1.KeyR\x04keys\"\xd9\x03\n" +
+	"\x04keys\x18\x01 \x03(\v2\x0f.conseal.v1.KeyR\x04keys\"\x83\x04\n" +
 	"\x03Key\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06scheme\x18\x02 \x01(\tR\x06scheme\x12\x16\n" +
@@ -1388,11 +1540,19 @@ const file_agent_api_conseal_proto_rawDesc = "" +
 	"\vincarnation\x18\r \x01(\x04R\vincarnation\x12\x12\n" +
 	"\x04live\x18\x0e \x03(\tR\x04live\x12?\n" +
 	"\rpresignatures\x18\x0f \x03(\v2\x19.conseal.v1.PresignaturesR\rpresignatures\x12\x12\n" +
-	"\x04open\x18\x10 \x01(\tR\x04open\"W\n" +
+	"\x04open\x18\x10 \x01(\tR\x04open\x12\x12\n" +
+	"\x04next\x18\x11 \x01(\tR\x04next\x12\x14\n" +
+	"\x05since\x18\x12 \x01(\tR\x05since\"W\n" +
 	"\rPresignatures\x12\x18\n" +
 	"\asigners\x18\x01 \x03(\tR\asigners\x12\x14\n" +
 	"\x05ready\x18\x02 \x01(\rR\x05ready\x12\x16\n" +
-	"\x06wanted\x18\x03 \x01(\rR\x06wanted\"\x0f\n" +
+	"\x06wanted\x18\x03 \x01(\rR\x06wanted\"\"\n" +
+	"\x0eRefreshRequest\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\"\x13\n" +
+	"\x11LoadRosterRequest\"H\n" +
+	"\x12LoadRosterResponse\x12\x18\n" +
+	"\aversion\x18\x01 \x01(\x04R\aversion\x12\x18\n" +
+	"\achanged\x18\x02 \x01(\bR\achanged\"\x0f\n" +
 	"\rStatusRequest\"\x9f\x03\n" +
 	"\x0eStatusResponse\x12\x14\n" +
 	"\x05fleet\x18\x01 \x01(\tR\x05fleet\x12\x12\n" +
@@ -1423,9 +1583,12 @@ const file_agent_api_conseal_proto_rawDesc = "" +
 	"\x06Signer\x129\n" +
 	"\x04Sign\x12\x17.conseal.v1.SignRequest\x1a\x18.conseal.v1.SignResponse\x124\n" +
 	"\x06GetKey\x12\x19.conseal.v1.GetKeyRequest\x1a\x0f.conseal.v1.Key\x12E\n" +
-	"\bListKeys\x12\x1b.conseal.v1.ListKeysRequest\x1a\x1c.conseal.v1.ListKeysResponse2H\n" +
+	"\bListKeys\x12\x1b.conseal.v1.ListKeysRequest\x1a\x1c.conseal.v1.ListKeysResponse2\xcd\x01\n" +
 	"\x05Admin\x12?\n" +
-	"\x06Status\x12\x19.conseal.v1.StatusRequest\x1a\x1a.conseal.v1.StatusResponse2\xd5\x01\n" +
+	"\x06Status\x12\x19.conseal.v1.StatusRequest\x1a\x1a.conseal.v1.StatusResponse\x126\n" +
+	"\aRefresh\x12\x1a.conseal.v1.RefreshRequest\x1a\x0f.conseal.v1.Key\x12K\n" +
+	"\n" +
+	"LoadRoster\x12\x1d.conseal.v1.LoadRosterRequest\x1a\x1e.conseal.v1.LoadRosterResponse2\xd5\x01\n" +
 	"\x04Seal\x12B\n" +
 	"\aMeasure\x12\x1a.conseal.v1.MeasureRequest\x1a\x1b.conseal.v1.MeasureResponse\x12E\n" +
 	"\bPolicies\x12\x1b.conseal.v1.PoliciesRequest\x1a\x1c.conseal.v1.PoliciesResponse\x12B\n" +
@@ -1443,51 +1606,58 @@ func file_agent_api_conseal_proto_rawDescGZIP() []byte {
 	return file_agent_api_conseal_proto_rawDescData
 }
 
-var file_agent_api_conseal_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_agent_api_conseal_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_agent_api_conseal_proto_goTypes = []any{
-	(*MeasureRequest)(nil),   // 0: conseal.v1.MeasureRequest
-	(*MeasureResponse)(nil),  // 1: conseal.v1.MeasureResponse
-	(*PoliciesRequest)(nil),  // 2: conseal.v1.PoliciesRequest
-	(*PoliciesResponse)(nil), // 3: conseal.v1.PoliciesResponse
-	(*Policy)(nil),           // 4: conseal.v1.Policy
-	(*PCRChange)(nil),        // 5: conseal.v1.PCRChange
-	(*InstallRequest)(nil),   // 6: conseal.v1.InstallRequest
-	(*InstallResponse)(nil),  // 7: conseal.v1.InstallResponse
-	(*SignRequest)(nil),      // 8: conseal.v1.SignRequest
-	(*SignResponse)(nil),     // 9: conseal.v1.SignResponse
-	(*GetKeyRequest)(nil),    // 10: conseal.v1.GetKeyRequest
-	(*ListKeysRequest)(nil),  // 11: conseal.v1.ListKeysRequest
-	(*ListKeysResponse)(nil), // 12: conseal.v1.ListKeysResponse
-	(*Key)(nil),              // 13: conseal.v1.Key
-	(*Presignatures)(nil),    // 14: conseal.v1.Presignatures
-	(*StatusRequest)(nil),    // 15: conseal.v1.StatusRequest
-	(*StatusResponse)(nil),   // 16: conseal.v1.StatusResponse
-	(*Peer)(nil),             // 17: conseal.v1.Peer
-	(*ErrorInfo)(nil),        // 18: conseal.v1.ErrorInfo
+	(*MeasureRequest)(nil),     // 0: conseal.v1.MeasureRequest
+	(*MeasureResponse)(nil),    // 1: conseal.v1.MeasureResponse
+	(*PoliciesRequest)(nil),    // 2: conseal.v1.PoliciesRequest
+	(*PoliciesResponse)(nil),   // 3: conseal.v1.PoliciesResponse
+	(*Policy)(nil),             // 4: conseal.v1.Policy
+	(*PCRChange)(nil),          // 5: conseal.v1.PCRChange
+	(*InstallRequest)(nil),     // 6: conseal.v1.InstallRequest
+	(*InstallResponse)(nil),    // 7: conseal.v1.InstallResponse
+	(*SignRequest)(nil),        // 8: conseal.v1.SignRequest
+	(*SignResponse)(nil),       // 9: conseal.v1.SignResponse
+	(*GetKeyRequest)(nil),      // 10: conseal.v1.GetKeyRequest
+	(*ListKeysRequest)(nil),    // 11: conseal.v1.ListKeysRequest
+	(*ListKeysResponse)(nil),   // 12: conseal.v1.ListKeysResponse
+	(*Key)(nil),                // 13: conseal.v1.Key
+	(*Presignatures)(nil),      // 14: conseal.v1.Presignatures
+	(*RefreshRequest)(nil),     // 15: conseal.v1.RefreshRequest
+	(*LoadRosterRequest)(nil),  // 16: conseal.v1.LoadRosterRequest
+	(*LoadRosterResponse)(nil), // 17: conseal.v1.LoadRosterResponse
+	(*StatusRequest)(nil),      // 18: conseal.v1.StatusRequest
+	(*StatusResponse)(nil),     // 19: conseal.v1.StatusResponse
+	(*Peer)(nil),               // 20: conseal.v1.Peer
+	(*ErrorInfo)(nil),          // 21: conseal.v1.ErrorInfo
 }
 var file_agent_api_conseal_proto_depIdxs = []int32{
 	4,  // 0: conseal.v1.PoliciesResponse.policies:type_name -> conseal.v1.Policy
 	5,  // 1: conseal.v1.Policy.changed:type_name -> conseal.v1.PCRChange
 	13, // 2: conseal.v1.ListKeysResponse.keys:type_name -> conseal.v1.Key
 	14, // 3: conseal.v1.Key.presignatures:type_name -> conseal.v1.Presignatures
-	17, // 4: conseal.v1.StatusResponse.peers:type_name -> conseal.v1.Peer
+	20, // 4: conseal.v1.StatusResponse.peers:type_name -> conseal.v1.Peer
 	13, // 5: conseal.v1.StatusResponse.keys:type_name -> conseal.v1.Key
 	8,  // 6: conseal.v1.Signer.Sign:input_type -> conseal.v1.SignRequest
 	10, // 7: conseal.v1.Signer.GetKey:input_type -> conseal.v1.GetKeyRequest
 	11, // 8: conseal.v1.Signer.ListKeys:input_type -> conseal.v1.ListKeysRequest
-	15, // 9: conseal.v1.Admin.Status:input_type -> conseal.v1.StatusRequest
-	0,  // 10: conseal.v1.Seal.Measure:input_type -> conseal.v1.MeasureRequest
-	2,  // 11: conseal.v1.Seal.Policies:input_type -> conseal.v1.PoliciesRequest
-	6,  // 12: conseal.v1.Seal.Install:input_type -> conseal.v1.InstallRequest
-	9,  // 13: conseal.v1.Signer.Sign:output_type -> conseal.v1.SignResponse
-	13, // 14: conseal.v1.Signer.GetKey:output_type -> conseal.v1.Key
-	12, // 15: conseal.v1.Signer.ListKeys:output_type -> conseal.v1.ListKeysResponse
-	16, // 16: conseal.v1.Admin.Status:output_type -> conseal.v1.StatusResponse
-	1,  // 17: conseal.v1.Seal.Measure:output_type -> conseal.v1.MeasureResponse
-	3,  // 18: conseal.v1.Seal.Policies:output_type -> conseal.v1.PoliciesResponse
-	7,  // 19: conseal.v1.Seal.Install:output_type -> conseal.v1.InstallResponse
-	13, // [13:20] is the sub-list for method output_type
-	6,  // [6:13] is the sub-list for method input_type
+	18, // 9: conseal.v1.Admin.Status:input_type -> conseal.v1.StatusRequest
+	15, // 10: conseal.v1.Admin.Refresh:input_type -> conseal.v1.RefreshRequest
+	16, // 11: conseal.v1.Admin.LoadRoster:input_type -> conseal.v1.LoadRosterRequest
+	0,  // 12: conseal.v1.Seal.Measure:input_type -> conseal.v1.MeasureRequest
+	2,  // 13: conseal.v1.Seal.Policies:input_type -> conseal.v1.PoliciesRequest
+	6,  // 14: conseal.v1.Seal.Install:input_type -> conseal.v1.InstallRequest
+	9,  // 15: conseal.v1.Signer.Sign:output_type -> conseal.v1.SignResponse
+	13, // 16: conseal.v1.Signer.GetKey:output_type -> conseal.v1.Key
+	12, // 17: conseal.v1.Signer.ListKeys:output_type -> conseal.v1.ListKeysResponse
+	19, // 18: conseal.v1.Admin.Status:output_type -> conseal.v1.StatusResponse
+	13, // 19: conseal.v1.Admin.Refresh:output_type -> conseal.v1.Key
+	17, // 20: conseal.v1.Admin.LoadRoster:output_type -> conseal.v1.LoadRosterResponse
+	1,  // 21: conseal.v1.Seal.Measure:output_type -> conseal.v1.MeasureResponse
+	3,  // 22: conseal.v1.Seal.Policies:output_type -> conseal.v1.PoliciesResponse
+	7,  // 23: conseal.v1.Seal.Install:output_type -> conseal.v1.InstallResponse
+	15, // [15:24] is the sub-list for method output_type
+	6,  // [6:15] is the sub-list for method input_type
 	6,  // [6:6] is the sub-list for extension type_name
 	6,  // [6:6] is the sub-list for extension extendee
 	0,  // [0:6] is the sub-list for field type_name
@@ -1504,7 +1674,7 @@ func file_agent_api_conseal_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_api_conseal_proto_rawDesc), len(file_agent_api_conseal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   19,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

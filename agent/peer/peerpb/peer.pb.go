@@ -532,8 +532,10 @@ func (x *Binding) GetNonce() []byte {
 type Open struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Binding       *Binding               `protobuf:"bytes,1,opt,name=binding,proto3" json:"binding,omitempty"`
-	Message       []byte                 `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"` // sign: what is to be signed
-	Staged        []*Staged              `protobuf:"bytes,3,rep,name=staged,proto3" json:"staged,omitempty"`   // keygen: what the sender believes the receiver has staged
+	Message       []byte                 `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`         // sign: what is to be signed
+	Staged        []*Staged              `protobuf:"bytes,3,rep,name=staged,proto3" json:"staged,omitempty"`           // keygen: what the sender believes the receiver has staged
+	Dealers       []string               `protobuf:"bytes,4,rep,name=dealers,proto3" json:"dealers,omitempty"`         // reshare: who deals
+	Certificate   []byte                 `protobuf:"bytes,5,opt,name=certificate,proto3" json:"certificate,omitempty"` // reshare: the base, epoch.Certificate, encoded
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -585,6 +587,20 @@ func (x *Open) GetMessage() []byte {
 func (x *Open) GetStaged() []*Staged {
 	if x != nil {
 		return x.Staged
+	}
+	return nil
+}
+
+func (x *Open) GetDealers() []string {
+	if x != nil {
+		return x.Dealers
+	}
+	return nil
+}
+
+func (x *Open) GetCertificate() []byte {
+	if x != nil {
+		return x.Certificate
 	}
 	return nil
 }
@@ -656,6 +672,7 @@ type End struct {
 	Session       []byte                 `protobuf:"bytes,1,opt,name=session,proto3" json:"session,omitempty"`
 	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"` // stable, for programs
 	Text          string                 `protobuf:"bytes,3,opt,name=text,proto3" json:"text,omitempty"`
+	Complaint     []byte                 `protobuf:"bytes,4,opt,name=complaint,proto3" json:"complaint,omitempty"` // proof that a dealer cheated: dealing.Complaint, encoded
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -709,6 +726,13 @@ func (x *End) GetText() string {
 		return x.Text
 	}
 	return ""
+}
+
+func (x *End) GetComplaint() []byte {
+	if x != nil {
+		return x.Complaint
+	}
+	return nil
 }
 
 type Staged struct {
@@ -1006,19 +1030,22 @@ const file_agent_peer_peer_proto_rawDesc = "" +
 	"\aparties\x18\t \x03(\tR\aparties\x12\x18\n" +
 	"\arequest\x18\n" +
 	" \x01(\fR\arequest\x12\x14\n" +
-	"\x05nonce\x18\v \x01(\fR\x05nonce\"\x85\x01\n" +
+	"\x05nonce\x18\v \x01(\fR\x05nonce\"\xc1\x01\n" +
 	"\x04Open\x122\n" +
 	"\abinding\x18\x01 \x01(\v2\x18.conseal.peer.v1.BindingR\abinding\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\fR\amessage\x12/\n" +
-	"\x06staged\x18\x03 \x03(\v2\x17.conseal.peer.v1.StagedR\x06staged\"J\n" +
+	"\x06staged\x18\x03 \x03(\v2\x17.conseal.peer.v1.StagedR\x06staged\x12\x18\n" +
+	"\adealers\x18\x04 \x03(\tR\adealers\x12 \n" +
+	"\vcertificate\x18\x05 \x01(\fR\vcertificate\"J\n" +
 	"\x04Step\x12\x18\n" +
 	"\asession\x18\x01 \x01(\fR\asession\x12\x14\n" +
 	"\x05round\x18\x02 \x01(\rR\x05round\x12\x12\n" +
-	"\x04body\x18\x03 \x01(\fR\x04body\"K\n" +
+	"\x04body\x18\x03 \x01(\fR\x04body\"i\n" +
 	"\x03End\x12\x18\n" +
 	"\asession\x18\x01 \x01(\fR\asession\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x12\n" +
-	"\x04text\x18\x03 \x01(\tR\x04text\"Q\n" +
+	"\x04text\x18\x03 \x01(\tR\x04text\x12\x1c\n" +
+	"\tcomplaint\x18\x04 \x01(\fR\tcomplaint\"Q\n" +
 	"\x06Staged\x12/\n" +
 	"\x06number\x18\x01 \x01(\v2\x17.conseal.peer.v1.NumberR\x06number\x12\x16\n" +
 	"\x06output\x18\x02 \x01(\fR\x06output\"\xc0\x02\n" +

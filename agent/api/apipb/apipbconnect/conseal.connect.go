@@ -48,6 +48,10 @@ const (
 	SignerListKeysProcedure = "/conseal.v1.Signer/ListKeys"
 	// AdminStatusProcedure is the fully-qualified name of the Admin's Status RPC.
 	AdminStatusProcedure = "/conseal.v1.Admin/Status"
+	// AdminRefreshProcedure is the fully-qualified name of the Admin's Refresh RPC.
+	AdminRefreshProcedure = "/conseal.v1.Admin/Refresh"
+	// AdminLoadRosterProcedure is the fully-qualified name of the Admin's LoadRoster RPC.
+	AdminLoadRosterProcedure = "/conseal.v1.Admin/LoadRoster"
 	// SealMeasureProcedure is the fully-qualified name of the Seal's Measure RPC.
 	SealMeasureProcedure = "/conseal.v1.Seal/Measure"
 	// SealPoliciesProcedure is the fully-qualified name of the Seal's Policies RPC.
@@ -202,6 +206,11 @@ func (UnimplementedSignerHandler) ListKeys(context.Context, *apipb.ListKeysReque
 type AdminClient interface {
 	// Status says how this agent, its hardware, its peers and its keys are.
 	Status(context.Context, *apipb.StatusRequest) (*apipb.StatusResponse, error)
+	// Refresh gives a key new shares under the same public key, and answers when this host
+	// has taken them up.
+	Refresh(context.Context, *apipb.RefreshRequest) (*apipb.Key, error)
+	// LoadRoster reads the roster's file again and takes it up, if it is a newer one.
+	LoadRoster(context.Context, *apipb.LoadRosterRequest) (*apipb.LoadRosterResponse, error)
 }
 
 // NewAdminClient constructs a client for the conseal.v1.Admin service. By default, it uses the
@@ -221,12 +230,26 @@ func NewAdminClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(adminMethods.ByName("Status")),
 			connect.WithClientOptions(opts...),
 		),
+		refresh: connect.NewClient[apipb.RefreshRequest, apipb.Key](
+			httpClient,
+			baseURL+AdminRefreshProcedure,
+			connect.WithSchema(adminMethods.ByName("Refresh")),
+			connect.WithClientOptions(opts...),
+		),
+		loadRoster: connect.NewClient[apipb.LoadRosterRequest, apipb.LoadRosterResponse](
+			httpClient,
+			baseURL+AdminLoadRosterProcedure,
+			connect.WithSchema(adminMethods.ByName("LoadRoster")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // adminClient implements AdminClient.
 type adminClient struct {
-	status *connect.Client[apipb.StatusRequest, apipb.StatusResponse]
+	status     *connect.Client[apipb.StatusRequest, apipb.StatusResponse]
+	refresh    *connect.Client[apipb.RefreshRequest, apipb.Key]
+	loadRoster *connect.Client[apipb.LoadRosterRequest, apipb.LoadRosterResponse]
 }
 
 // Status calls conseal.v1.Admin.Status.
@@ -238,10 +261,33 @@ func (c *adminClient) Status(ctx context.Context, req *apipb.StatusRequest) (*ap
 	return nil, err
 }
 
+// Refresh calls conseal.v1.Admin.Refresh.
+func (c *adminClient) Refresh(ctx context.Context, req *apipb.RefreshRequest) (*apipb.Key, error) {
+	response, err := c.refresh.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// LoadRoster calls conseal.v1.Admin.LoadRoster.
+func (c *adminClient) LoadRoster(ctx context.Context, req *apipb.LoadRosterRequest) (*apipb.LoadRosterResponse, error) {
+	response, err := c.loadRoster.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // AdminHandler is an implementation of the conseal.v1.Admin service.
 type AdminHandler interface {
 	// Status says how this agent, its hardware, its peers and its keys are.
 	Status(context.Context, *apipb.StatusRequest) (*apipb.StatusResponse, error)
+	// Refresh gives a key new shares under the same public key, and answers when this host
+	// has taken them up.
+	Refresh(context.Context, *apipb.RefreshRequest) (*apipb.Key, error)
+	// LoadRoster reads the roster's file again and takes it up, if it is a newer one.
+	LoadRoster(context.Context, *apipb.LoadRosterRequest) (*apipb.LoadRosterResponse, error)
 }
 
 // NewAdminHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -257,10 +303,26 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(adminMethods.ByName("Status")),
 		connect.WithHandlerOptions(opts...),
 	)
+	adminRefreshHandler := connect.NewUnaryHandlerSimple(
+		AdminRefreshProcedure,
+		svc.Refresh,
+		connect.WithSchema(adminMethods.ByName("Refresh")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminLoadRosterHandler := connect.NewUnaryHandlerSimple(
+		AdminLoadRosterProcedure,
+		svc.LoadRoster,
+		connect.WithSchema(adminMethods.ByName("LoadRoster")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/conseal.v1.Admin/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case AdminStatusProcedure:
 			adminStatusHandler.ServeHTTP(w, r)
+		case AdminRefreshProcedure:
+			adminRefreshHandler.ServeHTTP(w, r)
+		case AdminLoadRosterProcedure:
+			adminLoadRosterHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -272,6 +334,14 @@ type UnimplementedAdminHandler struct{}
 
 func (UnimplementedAdminHandler) Status(context.Context, *apipb.StatusRequest) (*apipb.StatusResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("conseal.v1.Admin.Status is not implemented"))
+}
+
+func (UnimplementedAdminHandler) Refresh(context.Context, *apipb.RefreshRequest) (*apipb.Key, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("conseal.v1.Admin.Refresh is not implemented"))
+}
+
+func (UnimplementedAdminHandler) LoadRoster(context.Context, *apipb.LoadRosterRequest) (*apipb.LoadRosterResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("conseal.v1.Admin.LoadRoster is not implemented"))
 }
 
 // SealClient is a client for the conseal.v1.Seal service.

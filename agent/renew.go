@@ -1,0 +1,555 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"conseal/agent/epoch"
+	"conseal/agent/peer/peerpb"
+	"conseal/agent/vault"
+	"conseal/internal/failpoint"
+	"conseal/protocol"
+	"conseal/protocol/dealing"
+)
+
+// opReshare is the operation of a session that gives a key new shares.
+const opReshare = "reshare"
+
+// leadAfter is what each host that may lead gives those before it, after which it takes
+// them for silent.
+const leadAfter = 5 * time.Second
+
+// known is the highest certificate of a key that this host has, whether it holds a
+// share of the epoch or not.
+type known struct {
+	certificate *epoch.Certificate
+	id          [32]byte
+	output      output
+}
+
+// know reads a certificate, and refuses one that is about something else than this key
+// or does not hold together. It checks no signature.
+func (a *Agent) know(k *key, c *epoch.Certificate) (*known, error) {
+	s := &c.Subject
+	if s.Fleet != a.roster().Fleet || s.Key != k.id || s.Scheme != k.entry().Scheme {
+		return nil, fmt.Errorf("certificate is about key %q, incarnation %d, %s, of fleet %q", s.Key.Name, s.Key.Incarnation, s.Scheme, s.Fleet)
+	}
+	if epoch.OutputDigest(s.Scheme, c.Public) != s.Output {
+		return nil, errors.New("certificate is about another public output than it holds")
+	}
+	out, err := k.scheme.inspect(c.Public)
+	if err != nil {
+		return nil, fmt.Errorf("reading the public output of key %q: %w", k.id.Name, err)
+	}
+	return &known{c, s.ID(), out}, nil
+}
+
+func (n *known) number() vault.Number {
+	if n == nil {
+		return vault.Number{}
+	}
+	return n.certificate.Subject.Number
+}
+
+func (n *known) base() epoch.Base {
+	if n == nil {
+		return epoch.Base{}
+	}
+	s := &n.certificate.Subject
+	return epoch.Base{Number: s.Number, Certificate: n.id, Quorum: n.output.quorum, Holders: n.output.holders, Entry: s.Entry}
+}
+
+// statement returns the statement of a holder, if the roster still pins the identity
+// that made it.
+func (n *known) statement(k *key, h protocol.HostID) (epoch.Statement, bool) {
+	pin, ok := k.declared.Load().pins[h]
+	for _, st := range n.certificate.Statements {
+		if st.Holder == h {
+			return st, ok && sha256.Sum256(st.PublicKey) == pin
+		}
+	}
+	return epoch.Statement{}, false
+}
+
+// dealers lists the holders that the roster still has, as they were.
+func (n *known) dealers(k *key) (dealers []protocol.HostID) {
+	if n == nil {
+		return nil
+	}
+	for _, h := range n.output.holders {
+		if _, ok := n.statement(k, h); ok {
+			dealers = append(dealers, h)
+		}
+	}
+	return dealers
+}
+
+// born is what [epoch.Renew] decides on.
+func (a *Agent) born(k *key, v *vault.Vault) *epoch.Born {
+	fits := a.fitting(k, v)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	b := &epoch.Born{
+		Self: a.self, Base: k.known.base(), Holders: k.holders(), Entry: k.digest(), Roster: a.roster().Version,
+		Dealers: slices.DeleteFunc(k.known.dealers(k), func(h protocol.HostID) bool { return k.cheats[h] }),
+		Views:   map[protocol.HostID]epoch.View{},
+	}
+	for h, view := range k.views {
+		if h == a.self {
+			view.Staged = fits
+		} else if said := k.statements[h]; view.Voted != nil && said.about != *view.Voted {
+			view.Voted = nil // a vote counts with its signature
+		}
+		b.Views[h] = view
+	}
+	b.Due = b.Base.Entry != b.Entry || k.asked == b.Base.Certificate || k.overdue()
+	return b
+}
+
+// fitting lists the staged shares that were dealt for the holders and the quorum of
+// the roster.
+func (a *Agent) fitting(k *key, v *vault.Vault) (fits []epoch.Staged) {
+	k.mu.Lock()
+	staged := k.views[a.self].Staged
+	k.mu.Unlock()
+	for _, s := range staged {
+		if _, err := a.parent(k, v, s.Number); err != nil {
+			continue
+		}
+		k.mu.Lock()
+		out := k.outputs[s.Number]
+		k.mu.Unlock()
+		if out.quorum == k.entry().Quorum && slices.Equal(out.holders, k.holders()) {
+			fits = append(fits, s)
+		}
+	}
+	return fits
+}
+
+// parent names the certificate that a staged share was made from, and reads its public
+// output once.
+func (a *Agent) parent(k *key, v *vault.Vault, n vault.Number) (parent [32]byte, err error) {
+	parent, ok := v.Parent(k.id, n)
+	if !ok {
+		return parent, vault.ErrNoShare
+	}
+	k.mu.Lock()
+	_, ok = k.outputs[n]
+	k.mu.Unlock()
+	if ok {
+		return parent, nil
+	}
+	public, err := v.Public(k.id, n)
+	if err != nil {
+		return parent, err
+	}
+	out, err := k.scheme.inspect(public)
+	if err == nil {
+		k.mu.Lock()
+		k.outputs[n] = out
+		k.mu.Unlock()
+	}
+	return parent, err
+}
+
+// overdue tells whether the shares are older than the roster wants; k.mu is held.
+func (k *key) overdue() bool {
+	every := k.entry().Refresh
+	return every > 0 && k.known != nil && !k.since.IsZero() && time.Since(k.since) > every
+}
+
+// renew takes a key that exists a step further: to its next epoch if one is due, and
+// out of this host if it is no holder any more. It says how that stands, for people;
+// "" if nothing is wanted.
+func (a *Agent) renew(ctx context.Context, k *key, v *vault.Vault) string {
+	b := a.born(k, v)
+	a.want(k, b.Ahead())
+	action := epoch.Renew(b)
+	var err error
+	switch action.Step {
+	case epoch.Settled:
+		return ""
+	case epoch.Wait:
+		if a.generating(k) {
+			return a.progress(k)
+		}
+		if len(action.Missing) > 0 {
+			action.Why += "; " + a.whyMissing(action.Missing)
+		}
+		return action.Why
+	case epoch.Vote:
+		err = a.vote(ctx, k, v, action.Choice)
+	case epoch.Certify:
+		err = a.certify(ctx, k, v, action.Choice)
+	case epoch.Lead:
+		a.leadReshare(ctx, k, action)
+		return a.progress(k)
+	}
+	if err != nil {
+		return err.Error()
+	}
+	a.nudge()
+	return "the hosts commit the new shares"
+}
+
+// leadReshare starts a resharing, if it is this host's turn.
+func (a *Agent) leadReshare(ctx context.Context, k *key, action epoch.Action) {
+	k.mu.Lock()
+	if k.idle.IsZero() {
+		k.idle = time.Now()
+	}
+	turn := k.idle.Add(time.Duration(action.Rank) * leadAfter)
+	if k.asked == k.known.base().Certificate {
+		turn = time.Time{} // a person asked here
+	}
+	if turn.Before(k.retry.after) {
+		turn = k.retry.after
+	}
+	k.mu.Unlock()
+	if wait := time.Until(turn); wait > 0 {
+		time.AfterFunc(wait, a.nudge)
+		return
+	}
+	if !k.birth.TryLock() {
+		return
+	}
+	a.tasks.Go(func() {
+		defer k.birth.Unlock()
+		err := a.runLead(ctx, k, action.Number)
+		k.mu.Lock()
+		k.idle = time.Now()
+		switch {
+		case err == nil:
+			k.retry = retry{after: time.Now().Add(stagingTime)}
+		case !errors.Is(err, errSuperseded):
+			k.retry.fail(err)
+		}
+		time.AfterFunc(time.Until(k.retry.after), a.nudge)
+		k.mu.Unlock()
+		if err != nil && ctx.Err() == nil {
+			a.log.Warn("resharing failed", "key", k.id.Name, "epoch", action.Number.String(), "error", err)
+		}
+		a.nudge()
+	})
+}
+
+// refresh has this host start new shares in place of an epoch.
+func (k *key) refresh(act *active) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.asked, k.retry = act.id, retry{}
+}
+
+// resharing is one session that gives a key new shares, as its hosts agree on it.
+type resharing struct {
+	base    *known
+	dealers []protocol.HostID
+	holders []protocol.HostID
+	number  vault.Number
+	all     []protocol.HostID // dealers and holders
+}
+
+func newResharing(k *key, base *known, dealers []protocol.HostID, n vault.Number) *resharing {
+	holders := k.holders()
+	return &resharing{base: base, dealers: dealers, holders: holders, number: n,
+		all: slices.Compact(slices.Sorted(slices.Values(slices.Concat(dealers, holders))))}
+}
+
+// binding is what the hosts of the session agree on: Request is the digest of who deals
+// and who gets shares.
+func (r *resharing) binding(k *key, nonce [32]byte) protocol.Binding {
+	b := k.binding(opReshare, r.number, r.all, nonce)
+	b.Certificate = r.base.id
+	h := sha256.New()
+	h.Write([]byte("conseal reshare request v1"))
+	for _, hosts := range [][]protocol.HostID{r.dealers, r.holders} {
+		h.Write(binary.BigEndian.AppendUint32(nil, uint32(len(hosts))))
+		for _, host := range hosts {
+			h.Write(binary.BigEndian.AppendUint32(nil, uint32(len(host))))
+			h.Write([]byte(host))
+		}
+	}
+	b.Request = [32]byte(h.Sum(nil))
+	return b
+}
+
+// runLead leads a resharing: it opens the session at all its hosts, waits until each is
+// ready, lets them go and takes part.
+func (a *Agent) runLead(ctx context.Context, k *key, n vault.Number) error {
+	v := a.vault.Load()
+	b := a.born(k, v)
+	if again := epoch.Renew(b); again.Step != epoch.Lead || again.Number != n {
+		return errSuperseded
+	}
+	k.mu.Lock()
+	base := k.known
+	k.mu.Unlock()
+	r := newResharing(k, base, a.pickDealers(k, b), n)
+	if err := a.mayReshare(k, v, r); err != nil {
+		return err
+	}
+	var nonce [32]byte
+	rand.Read(nonce[:])
+	binding := r.binding(k, nonce)
+	encoded, err := base.certificate.Encode()
+	if err != nil {
+		return err
+	}
+	ctx, end := a.startGeneration(ctx, k)
+	defer end()
+	box, err := a.sessions.open(binding.ID(), a.self, r.all)
+	if err != nil {
+		return err
+	}
+	defer a.sessions.close(box)
+	a.log.Info("resharing", "key", k.id.Name, "epoch", n.String(), "session", box.id.String(), "dealers", r.dealers, "holders", r.holders)
+	err = a.startAll(ctx, box, func(protocol.HostID) *peerpb.Open {
+		return &peerpb.Open{Binding: wireBinding(&binding), Dealers: names(r.dealers), Certificate: encoded}
+	})
+	if err != nil {
+		hangUp(box, a.net.Send, err)
+	} else {
+		err = a.runReshare(ctx, k, v, r, box, nil)
+	}
+	a.blameReshare(k, r, box.id, err)
+	return err
+}
+
+// pickDealers chooses a quorum of those that can deal: this host, then such as did not
+// fail lately.
+func (a *Agent) pickDealers(k *key, b *epoch.Born) []protocol.HostID {
+	able := b.Able()
+	k.mu.Lock()
+	rank := func(h protocol.HostID) int {
+		switch {
+		case h == a.self:
+			return 0
+		case time.Since(k.failed[h]) > failedFor:
+			return 1
+		}
+		return 2
+	}
+	slices.SortStableFunc(able, func(x, y protocol.HostID) int { return rank(x) - rank(y) })
+	k.mu.Unlock()
+	dealers := able[:min(len(able), b.Base.Quorum)]
+	slices.Sort(dealers)
+	return dealers
+}
+
+// mayReshare checks, under k.birth, that nothing here forbids a resharing.
+func (a *Agent) mayReshare(k *key, v *vault.Vault, r *resharing) error {
+	refuse := a.refuse
+	if v == nil {
+		return refuse(reasonNotReady, "its vault is not open")
+	}
+	if state := k.entry().State; state == "deleted" {
+		return refuse(reasonRefused, "the key is deleted by its roster")
+	}
+	record, _ := v.Record(k.id)
+	highest := record.Active
+	if record.Voted != nil && record.Voted.Number.Compare(highest) > 0 {
+		highest = record.Voted.Number
+	}
+	for _, s := range record.Staged {
+		if s.Number.Compare(highest) > 0 {
+			highest = s.Number
+		}
+	}
+	n := r.number
+	switch {
+	case n.Compare(highest) <= 0:
+		return refuse(reasonRefused, "it has epoch %s already", highest)
+	case n.Roster > a.roster().Version+maxJump || n.Attempt > maxJump+highest.Attempt:
+		return refuse(reasonRefused, "the number of the epoch jumps too far ahead")
+	case slices.Contains(r.holders, a.self) && record.Active == vault.Number{} && len(k.entry().PublicKey) == 0:
+		return refuse(reasonRefused, "it holds no share of this key yet: set `public_key` in the roster, so that it cannot be dealt another key")
+	}
+	return nil
+}
+
+// joinReshare takes part in a resharing that a dealer leads.
+func (a *Agent) joinReshare(ctx context.Context, from protocol.HostID, k *key, b *protocol.Binding, open *peerpb.Open, box *inbox) error {
+	c, err := epoch.Decode(open.Certificate)
+	if err != nil {
+		return a.refuse(reasonDiffers, "%v", err)
+	}
+	base, err := a.know(k, c)
+	if err != nil {
+		return a.refuse(reasonDiffers, "%v", err)
+	}
+	var dealers []protocol.HostID
+	for _, d := range open.Dealers {
+		dealers = append(dealers, protocol.HostID(d))
+	}
+	r := newResharing(k, base, dealers, vault.Number{Roster: b.Epoch[0], Attempt: b.Epoch[1]})
+	mine := r.binding(k, b.Nonce)
+	if text := mine.Differs(b); text != "" {
+		return a.refuse(reasonDiffers, "we differ on %s", text)
+	}
+	if !slices.Contains(dealers, from) {
+		return a.refuse(reasonRefused, "host %q leads a resharing in which it does not deal", from)
+	}
+	if err := a.checkBase(k, r, from); err != nil {
+		return err
+	}
+	k.callOff()
+	k.birth.Lock()
+	defer k.birth.Unlock()
+	v := a.vault.Load()
+	if err := a.mayReshare(k, v, r); err != nil {
+		return err
+	}
+	ctx, end := a.startGeneration(ctx, k)
+	defer end()
+	if err := a.net.Send(from, readyFrame(box.id)); err != nil {
+		return err
+	}
+	early, err := gather(ctx, box, []protocol.HostID{from})
+	if err != nil {
+		hangUp(box, a.net.Send, err)
+		return err
+	}
+	err = a.runReshare(ctx, k, v, r, box, early)
+	a.blameReshare(k, r, box.id, err)
+	return err
+}
+
+// checkBase checks the epoch that others want to reshare from. A host that knows a
+// higher one sends it.
+func (a *Agent) checkBase(k *key, r *resharing, from protocol.HostID) error {
+	refuse := a.refuse
+	s := &r.base.certificate.Subject
+	if err := r.base.certificate.VerifySome(k.pins(r.dealers)); err != nil {
+		return refuse(reasonDiffers, "the base: %v", err)
+	}
+	if len(r.dealers) != r.base.output.quorum {
+		return refuse(reasonDiffers, "%d dealers for a quorum of %d", len(r.dealers), r.base.output.quorum)
+	}
+	if pinned := k.entry().PublicKey; len(pinned) > 0 && !bytes.Equal(pinned, r.base.output.pin) {
+		return refuse(reasonRefused, "its roster pins another public key")
+	}
+	k.mu.Lock()
+	own := k.known
+	k.mu.Unlock()
+	switch {
+	case own == nil:
+	case !bytes.Equal(own.output.spki, r.base.output.spki):
+		return refuse(reasonRefused, "the base has another public key")
+	case own.number().Compare(s.Number) > 0:
+		a.offerKnown(k, from)
+		return refuse(reasonBehind, "host %q is behind: the key is at epoch %s, the base is %s", from, own.number(), s.Number)
+	case own.number() == s.Number && own.id != r.base.id:
+		return refuse(reasonRefused, "it has another certificate of epoch %s", s.Number)
+	}
+	if act := k.active.Load(); slices.Contains(r.dealers, a.self) && (act == nil || act.id != r.base.id) {
+		return refuse(reasonNotReady, "it does not have its share of epoch %s ready", s.Number)
+	}
+	return nil
+}
+
+// runReshare drives the protocol and stages what came out at a holder.
+func (a *Agent) runReshare(ctx context.Context, k *key, v *vault.Vault, r *resharing, box *inbox, early []event) error {
+	failpoint.Hit("reshare/before-start")
+	var share shareholder
+	if slices.Contains(r.dealers, a.self) {
+		act := k.active.Load()
+		if act == nil || act.id != r.base.id {
+			return a.refuse(reasonNotReady, "it does not have its share of the base any more")
+		}
+		lent, done, err := act.share.borrow(ctx)
+		if err != nil {
+			hangUp(box, a.net.Send, err)
+			return err
+		}
+		defer done()
+		share = lent
+		logged := a.ledger.Append(entry{Event: "reshare", Key: k.id.Name, Epoch: r.base.number().String(), Session: box.id.String(), Signers: names(r.dealers)})
+		if err := logged(ctx); err != nil { // before anything is dealt
+			hangUp(box, a.net.Send, err)
+			return err
+		}
+	}
+	session, err := k.scheme.reshare(a.reshareConfig(k, r, box.id), share)
+	if err != nil {
+		hangUp(box, a.net.Send, err)
+		return err
+	}
+	defer session.Close()
+	a.watchGeneration(k, r.number, box)
+	if err := drive(ctx, a.self, session, box, a.net.Send, early); err != nil {
+		return err
+	}
+	failpoint.Hit("reshare/done")
+	if !slices.Contains(r.holders, a.self) {
+		return nil
+	}
+	public, made, err := session.result()
+	if err != nil {
+		return err
+	}
+	defer made.Wipe()
+	return a.stage(ctx, k, v, r.number, r.base.id, public, made)
+}
+
+// reshareConfig is what the session is made of, for this host.
+func (a *Agent) reshareConfig(k *key, r *resharing, id protocol.SessionID) reshareConfig {
+	return reshareConfig{
+		session: id, self: a.self, old: r.base.certificate.Public, dealers: r.dealers, holders: r.holders, quorum: k.entry().Quorum,
+		sign: func(digest [32]byte) ([]byte, error) { return a.identity.Sign(rand.Reader, digest[:], crypto.SHA256) },
+		verify: func(host protocol.HostID, digest [32]byte, signature []byte) error {
+			st, ok := r.base.statement(k, host)
+			if !ok {
+				return fmt.Errorf("the roster does not pin the identity with which %q holds the key", host)
+			}
+			spki, err := x509.ParsePKIXPublicKey(st.PublicKey)
+			if err != nil {
+				return err
+			}
+			if ec, ok := spki.(*ecdsa.PublicKey); !ok || !ecdsa.VerifyASN1(ec, digest[:], signature) {
+				return errors.New("wrong signature")
+			}
+			return nil
+		},
+	}
+}
+
+// blameReshare remembers whose fault it was that a resharing failed. A proof counts for
+// good, also one that another host found.
+func (a *Agent) blameReshare(k *key, r *resharing, id protocol.SessionID, err error) {
+	if err == nil {
+		return
+	}
+	var proof *dealing.Complaint
+	var party *partyError
+	switch {
+	case errors.As(err, &proof):
+	case errors.As(err, &party) && len(party.complaint) > 0:
+		c, bad := dealing.DecodeComplaint(party.complaint)
+		if bad == nil {
+			bad = k.scheme.verifyComplaint(a.reshareConfig(k, r, id), c)
+		}
+		if bad != nil {
+			a.complain("a complaint that proves nothing", "peer", party.host, "key", k.id.Name, "error", bad)
+			break
+		}
+		proof = c
+	}
+	if proof != nil {
+		a.log.Error("a dealer cheated, and this is proven", "key", k.id.Name, "epoch", r.number.String(), "dealer", proof.Dealer, "proof", fmt.Sprintf("%x", proof.Encode()))
+		k.mu.Lock()
+		k.cheats[proof.Dealer] = true
+		k.mu.Unlock()
+		return
+	}
+	k.blame(err, a.self, map[protocol.HostID]bool{})
+}
