@@ -5,10 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -263,6 +265,54 @@ func (f *Fleet) Key(name, scheme string, quorum int) string {
 	}
 	return fmt.Sprintf("[[key]]\nname = %q\nscheme = %q\nquorum = %d\nhosts = [%s]\nstate = \"active\"\npurpose = \"test\"\ngenerate = true\nusers = [\"uid:%d\"]\n",
 		name, scheme, quorum, strings.Join(hosts, ", "), os.Getuid())
+}
+
+// SetKey changes lines of a key's [[key]] table in f.Keys, such as "quorum" to "3"; an
+// empty value removes the line.
+func (f *Fleet) SetKey(name string, values map[string]string) error {
+	tables := strings.Split(f.Keys, "[[key]]\n")
+	for i, table := range tables {
+		if !strings.Contains(table, fmt.Sprintf("name = %q\n", name)) {
+			continue
+		}
+		var out strings.Builder
+		for line := range strings.Lines(table) {
+			field, _, _ := strings.Cut(line, " = ")
+			if _, changed := values[field]; !changed {
+				out.WriteString(line)
+			}
+		}
+		for _, field := range slices.Sorted(maps.Keys(values)) {
+			if values[field] != "" {
+				fmt.Fprintf(&out, "%s = %s\n", field, values[field])
+			}
+		}
+		tables[i] = out.String()
+		f.Keys = strings.Join(tables, "[[key]]\n")
+		return nil
+	}
+	return fmt.Errorf("no key %q", name)
+}
+
+// Replace puts a new board in the place of a host: its hardware and its disk are new, and
+// so is its identity.
+func (h *Host) Replace(ctx context.Context) error {
+	h.Kill()
+	var err error
+	if h.Tap != nil {
+		err = h.Tap.Close()
+	}
+	if h.TPM != nil {
+		h.TPM.Kill()
+	}
+	err = errors.Join(err, os.RemoveAll(h.State()), os.RemoveAll(filepath.Join(h.Dir, h.Protector)), os.RemoveAll(h.PolicyFile()))
+	if err == nil {
+		err = h.prepare(ctx)
+	}
+	if err == nil {
+		err = h.Init(ctx)
+	}
+	return err
 }
 
 // WriteRoster writes the roster of all hosts and f.Keys.

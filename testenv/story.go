@@ -3,18 +3,25 @@ package testenv
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
+	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"conseal/agent/api"
+	"conseal/agent/api/apipb"
 )
 
 // Stories returns testscript parameters for the stories in dir: scripts that run
@@ -38,6 +45,10 @@ import (
 //	image HOST NAME        keep a copy of a stopped host's disk, that is of its state folder
 //	putback HOST NAME      put such a copy in the place of the host's disk
 //	ready KEY              wait until all running agents have the key ready
+//	roster KEY FIELD=VALUE...  change a key's entry (hosts=a,b,c, quorum=3, ...), pin its public key if it has one, and have all agents that run load the roster
+//	epoch KEY HOST...      wait until these hosts have a new epoch of the key, the same
+//	left KEY HOST...       wait until these hosts have erased their shares of the key
+//	replace HOST...        put a new board in the place of a host: hardware, disk and identity are new
 //	on HOST                let conseal talk to this host's sockets from now on
 //	run PROGRAM ARG...     run a program and show what it prints; `! run` wants it to fail
 //	end                    the last line: a story counts as told only when it got here
@@ -59,7 +70,7 @@ func Stories(ctx context.Context, bin Binaries, dir string, live io.Writer) (p t
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"say": s.say, "token": s.token, "team": s.team, "fleet": s.fleet, "measure": s.measure, "boot": s.boot, "fault": s.fault, "reboot": s.reboot,
-			"image": s.image, "putback": s.putback, "key": s.key, "up": s.up, "down": s.down,
+			"image": s.image, "putback": s.putback, "key": s.key, "roster": s.roster, "epoch": s.epoch, "left": s.left, "replace": s.replace, "up": s.up, "down": s.down,
 			"crash": s.crash, "ready": s.ready, "on": s.on, "run": s.run, "end": s.end,
 		},
 	}
@@ -78,6 +89,7 @@ type story struct {
 	version int
 	written string // the keys that the roster has
 	faults  *FaultModule
+	epoch   [2]uint64 // that `epoch` saw last
 }
 
 type storyteller struct {
@@ -327,6 +339,153 @@ func (s *storyteller) key(ts *testscript.TestScript, neg bool, args []string) {
 		st.fleet.Keys += st.fleet.Key(args[0], args[1], quorum)
 		if len(args) == 4 {
 			st.fleet.Keys += fmt.Sprintf("open = %q\n", args[3])
+		}
+		return nil
+	})
+}
+
+// roster changes a key's entry, as the security team does with an editor, and has every
+// agent that runs load the roster: "roster KEY FIELD=VALUE...". hosts is a list with
+// commas. A key that exists is pinned by its public key.
+func (s *storyteller) roster(ts *testscript.TestScript, neg bool, args []string) {
+	s.step(ts, neg, func(ctx context.Context, st *story) error {
+		if len(args) < 2 || st.fleet == nil {
+			return errors.New("usage, after key: roster KEY FIELD=VALUE...")
+		}
+		values := map[string]string{}
+		for _, arg := range args[1:] {
+			field, value, _ := strings.Cut(arg, "=")
+			switch _, err := strconv.Atoi(value); {
+			case field == "hosts":
+				value = `["` + strings.ReplaceAll(value, ",", `", "`) + `"]`
+			case err != nil && value != "":
+				value = strconv.Quote(value)
+			}
+			values[field] = value
+			s.tell("   in the roster: key %s: %s = %s", args[0], field, value)
+		}
+		for _, h := range st.fleet.Hosts {
+			if !h.Running() {
+				continue
+			}
+			k, err := h.Client().GetKey(ctx, args[0])
+			if err != nil || len(k.PublicKey) == 0 {
+				continue
+			}
+			pin, err := rosterKey(k)
+			if err != nil {
+				return err
+			}
+			values["public_key"], values["generate"] = strconv.Quote(pin), ""
+		}
+		if err := st.fleet.SetKey(args[0], values); err != nil {
+			return err
+		}
+		st.version++
+		st.written = st.fleet.Keys
+		if err := st.fleet.WriteRoster(st.version); err != nil {
+			return err
+		}
+		for _, h := range st.fleet.Hosts {
+			if h.Running() {
+				if _, err := h.Client().LoadRoster(ctx); err != nil {
+					return err
+				}
+				s.tell("   %s: conseal roster load", h.Name)
+			}
+		}
+		return nil
+	})
+}
+
+// rosterKey is a public key as the roster pins it; Ed25519 only.
+func rosterKey(k *apipb.Key) (string, error) {
+	public, err := x509.ParsePKIXPublicKey(k.PublicKey)
+	if err != nil {
+		return "", err
+	}
+	ed, ok := public.(ed25519.PublicKey)
+	if !ok {
+		return "", fmt.Errorf("key %s: this story pins Ed25519 keys only", k.Name)
+	}
+	return hex.EncodeToString(ed), nil
+}
+
+// epoch waits until the hosts named have the same epoch of a key, above that of the last
+// time, and want no other: "epoch KEY HOST...".
+func (s *storyteller) epoch(ts *testscript.TestScript, neg bool, args []string) {
+	s.step(ts, neg, func(ctx context.Context, st *story) error {
+		if len(args) < 2 {
+			return errors.New("usage, after up: epoch KEY HOST...")
+		}
+		hosts, err := s.hosts(st, args[1:])
+		if err != nil {
+			return err
+		}
+		for tick := time.Tick(20 * time.Millisecond); ; {
+			at, same := [2]uint64{}, true
+			for i, h := range hosts {
+				k, err := h.Client().GetKey(ctx, args[0])
+				if err != nil {
+					return err
+				}
+				n := [2]uint64{k.EpochRoster, k.EpochAttempt}
+				same = same && k.Condition == "ready" && k.Next == "" && slices.Compare(n[:], st.epoch[:]) > 0 && (i == 0 || n == at)
+				at = n
+			}
+			if same {
+				st.epoch = at
+				s.tell("   key %s is at epoch %d.%d on %s", args[0], at[0], at[1], strings.Join(args[1:], ", "))
+				return nil
+			}
+			select {
+			case <-tick:
+			case <-ctx.Done():
+				return fmt.Errorf("key %s gets to no common epoch above %d.%d: %s", args[0], st.epoch[0], st.epoch[1], hosts[0].LogTail())
+			}
+		}
+	})
+}
+
+func (s *storyteller) left(ts *testscript.TestScript, neg bool, args []string) {
+	s.step(ts, neg, func(ctx context.Context, st *story) error {
+		if len(args) < 2 {
+			return errors.New("usage, after up: left KEY HOST...")
+		}
+		hosts, err := s.hosts(st, args[1:])
+		if err != nil {
+			return err
+		}
+		for _, h := range hosts {
+			for tick := time.Tick(20 * time.Millisecond); ; {
+				_, err := h.Client().GetKey(ctx, args[0])
+				var gone *api.Error
+				if errors.As(err, &gone) && gone.Reason == "UNKNOWN_KEY" {
+					break
+				}
+				select {
+				case <-tick:
+				case <-ctx.Done():
+					return fmt.Errorf("host %s does not leave key %s: %w: %s", h.Name, args[0], err, h.LogTail())
+				}
+			}
+			s.tell("   %s holds nothing of key %s any more", h.Name, args[0])
+		}
+		return nil
+	})
+}
+
+func (s *storyteller) replace(ts *testscript.TestScript, neg bool, names []string) {
+	s.step(ts, neg, func(ctx context.Context, st *story) error {
+		hosts, err := s.hosts(st, names)
+		if err != nil || len(names) == 0 {
+			return errors.Join(errors.New("usage, after fleet: replace HOST [HOST...]"), err)
+		}
+		for _, h := range hosts {
+			if err := h.Replace(ctx); err != nil {
+				return err
+			}
+			s.tell("   %s has new hardware and a new disk, identity %.23s...", h.Name, h.Identity)
 		}
 		return nil
 	})
