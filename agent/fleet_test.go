@@ -847,3 +847,74 @@ func waitFor(ctx context.Context, t *testing.T, what string, there func() bool) 
 		}
 	}
 }
+
+// TestOldSharesAreDead puts the state folders of all hosts back as they were before a
+// refresh, on their own hardware: a quorum of old shares that nobody would sign with.
+// With the folders of after, the same hosts sign.
+func TestOldSharesAreDead(t *testing.T) {
+	ctx, f := newFleet(t)
+	must(t, f.Start(ctx))
+	must(t, f.WaitReady(ctx, "first"))
+	must(t, f.Stop(ctx))
+	saved := t.TempDir()
+	swap := func(to, from string) {
+		for _, h := range f.Hosts {
+			must(t, os.CopyFS(filepath.Join(saved, to, h.Name), os.DirFS(h.State())))
+			if from != "" {
+				must(t, os.RemoveAll(h.State()))
+				must(t, os.CopyFS(h.State(), os.DirFS(filepath.Join(saved, from, h.Name))))
+				must(t, os.Chmod(h.State(), 0o700))
+			}
+		}
+	}
+	swap("old", "")
+	must(t, f.Start(ctx))
+	must(t, f.WaitReady(ctx, "first"))
+	before, err := f.Hosts[0].Client().GetKey(ctx, "first")
+	must(t, err)
+	after, err := f.Hosts[1].Client().Refresh(ctx, "first")
+	must(t, err)
+	for _, h := range f.Hosts {
+		waitFor(ctx, t, h.Name+" has the new share only", func() bool {
+			k, err := h.Client().GetKey(ctx, "first")
+			return err == nil && k.EpochAttempt == after.EpochAttempt && k.EpochRoster == after.EpochRoster && shareFiles(t, h) == 1
+		})
+	}
+	if !bytes.Equal(before.PublicKey, after.PublicKey) || bytes.Equal(before.Certificate, after.Certificate) {
+		t.Fatalf("key %x at %x, then %x at %x", before.PublicKey, before.Certificate, after.PublicKey, after.Certificate)
+	}
+	must(t, f.Stop(ctx))
+	swap("new", "old")
+	must(t, f.Start(ctx))
+	for _, h := range f.Hosts {
+		_, err := h.Client().Sign(ctx, "first", []byte("with an old share"))
+		if err == nil || !strings.Contains(err.Error(), "not ready on this host: sealed") {
+			t.Errorf("%s, with its old folder: %v", h.Name, err)
+		}
+		s, err := h.Client().Status(ctx)
+		if err != nil || !strings.Contains(s.ProtectorError, "older copy") && !strings.Contains(s.ProtectorError, "older than the token") {
+			t.Errorf("%s, with its old folder: %q, %v", h.Name, s.GetProtectorError(), err)
+		}
+	}
+	must(t, f.Stop(ctx))
+	swap("dead", "new") // the control
+	must(t, f.Start(ctx))
+	must(t, f.WaitReady(ctx, "first"))
+	checkKey(ctx, t, f, "first")
+
+	// One host with its old folder stops nobody, and it is said which.
+	must(t, f.Hosts[0].Stop(ctx))
+	h := f.Hosts[0]
+	must(t, os.RemoveAll(h.State()))
+	must(t, os.CopyFS(h.State(), os.DirFS(filepath.Join(saved, "old", h.Name))))
+	must(t, os.Chmod(h.State(), 0o700))
+	must(t, h.Start(ctx))
+	if _, err := f.Hosts[1].Client().Sign(ctx, "first", []byte("by the others")); err != nil {
+		t.Error(err)
+	}
+	must(t, f.Hosts[2].Stop(ctx))
+	_, err = f.Hosts[1].Client().Sign(ctx, "first", []byte("by nobody"))
+	if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("%q", h.Name)) {
+		t.Errorf("with one old folder and one host away: %v", err)
+	}
+}

@@ -379,8 +379,10 @@ func (l *lab) betray(name string) *rogue {
 // connected waits until everybody is connected to everybody.
 func (r *rogue) connected() {
 	r.t.Helper()
+	running := 0
 	for name, h := range r.hosts {
 		if h.stop != nil {
+			running++
 			r.until(name+" is connected", func() bool {
 				return !slices.ContainsFunc(h.agent.net.States(), func(s peer.State) bool { return !s.Connected })
 			})
@@ -389,7 +391,7 @@ func (r *rogue) connected() {
 	r.until("the rogue is connected", func() bool {
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		return len(r.up) == 2
+		return len(r.up) == running
 	})
 }
 

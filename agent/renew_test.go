@@ -2,9 +2,11 @@ package agent
 
 import (
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -13,10 +15,13 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"conseal/agent/api/apipb"
+	"conseal/agent/peer/peerpb"
 	"conseal/agent/vault"
 	"conseal/config"
+	"conseal/protocol"
 )
 
 // epochOf is the epoch that a host signs with; zero if none.
@@ -229,4 +234,179 @@ func TestSignThroughRenewal(t *testing.T) {
 		t.Errorf("%d signatures in all: the test shows little", signed.Load())
 	}
 	t.Logf("%d signatures through %d refreshes and %d reshares", signed.Load(), refreshes, 2*reshares)
+}
+
+// share opens a stopped host's share of its active epoch.
+func (l *lab) share(name string) (*known, shareholder) {
+	l.t.Helper()
+	h, k := l.hosts[name], l.key(name)
+	v, err := vault.Open(l.ctx, VaultFolder(h.config), name, h.protector)
+	ok(l.t, err)
+	defer v.Close()
+	k.mu.Lock()
+	n := k.known
+	k.mu.Unlock()
+	var s shareholder
+	ok(l.t, v.Lend(l.ctx, k.id, n.number(), func(b []byte) error {
+		s, err = k.scheme.load(k.holders()[slices.Index(names(k.holders()), name)], n.certificate.Public, b)
+		return err
+	}))
+	return n, s
+}
+
+// leads has a rogue open a resharing at the others, as its leader, and wait until they
+// are ready for round 1.
+func (r *rogue) leads(res *resharing, change func(*peerpb.Open)) (*inbox, error) {
+	r.t.Helper()
+	var nonce [32]byte
+	rand.Read(nonce[:])
+	b := res.binding(r.key, nonce)
+	encoded, err := res.base.certificate.Encode()
+	ok(r.t, err)
+	open := &peerpb.Open{Binding: wireBinding(&b), Dealers: names(res.dealers), Certificate: encoded}
+	if change != nil {
+		change(open)
+	}
+	box, err := r.sessions.open(b.ID(), r.self, res.all)
+	ok(r.t, err)
+	for _, h := range box.parties {
+		r.send(h, &peerpb.Frame{Body: &peerpb.Frame_Open{Open: open}})
+	}
+	if _, err := gather(r.ctx, box, box.parties); err != nil {
+		return box, err
+	}
+	for _, h := range box.parties {
+		r.send(h, readyFrame(box.id))
+	}
+	return box, nil
+}
+
+// TestDealerWithTwoFaces deals one thing to one host and another to the other. Both can
+// prove it, to each other too; it deals no more, and when the roster drops it the rest
+// goes on without it.
+func TestDealerWithTwoFaces(t *testing.T) {
+	l := born(t)
+	n := l.epochOf("beta")
+	ok(t, l.hosts["alpha"].stop())
+	base, share := l.share("alpha")
+	r := l.betray("alpha")
+	r.connected()
+	res := newResharing(r.key, base, []protocol.HostID{"alpha", "beta"}, vault.Number{Roster: 1, Attempt: n.Attempt + 1})
+	box, err := r.leads(res, nil)
+	ok(t, err)
+	cfg := l.hosts["beta"].agent.reshareConfig(l.key("beta"), res, box.id)
+	cfg.self = "alpha"
+	cfg.sign = func(digest [32]byte) ([]byte, error) {
+		return l.hosts["alpha"].identity.Sign(rand.Reader, digest[:], crypto.SHA256)
+	}
+	step := func(victim string, ready protocol.Ready, err error) {
+		t.Helper()
+		ok(t, err)
+		for _, m := range ready.Send {
+			if m.To == protocol.HostID(victim) {
+				r.send(m.To, &peerpb.Frame{Body: &peerpb.Frame_Step{Step: &peerpb.Step{Session: m.Session[:], Round: uint32(m.Round), Body: m.Body}}})
+			}
+		}
+	}
+	faces := map[string]generation{}
+	for _, victim := range []string{"beta", "gamma"} {
+		faces[victim], err = r.key.scheme.reshare(cfg, share)
+		ok(t, err)
+		ready, err := faces[victim].Start()
+		step(victim, ready, err)
+	}
+	for ev := range box.events { // until beta has dealt
+		if ev.step == nil || ev.step.Round != 1 {
+			t.Fatalf("%s: %+v", ev.from, ev)
+		}
+		for victim, face := range faces {
+			ready, err := face.Step(protocol.Message{Session: box.id, From: ev.from, To: "alpha", Round: 1, Body: ev.step.Body})
+			step(victim, ready, err) // the echo
+		}
+		break
+	}
+	for _, victim := range []string{"beta", "gamma"} {
+		k := l.key(victim)
+		l.until(victim+" has a proof", func() bool { k.mu.Lock(); defer k.mu.Unlock(); return k.cheats["alpha"] })
+		l.untilLogged(victim, "this is proven", "dealer=alpha", "proof=")
+	}
+	l.write(2, "beta", "gamma")
+	l.deliver("beta", "gamma")
+	l.untilEpoch(n, "beta", "gamma")
+	_, err = l.sign("gamma", []byte("without alpha"))
+	ok(t, err)
+}
+
+// TestSilentHolder has a host say that all is well and take part in nothing: the others
+// sign on, and say who is missing.
+func TestSilentHolder(t *testing.T) {
+	l := born(t)
+	base := l.key("alpha").active.Load()
+	r := l.betray("gamma")
+	r.connected()
+	r.says(func(s *peerpb.KeyStatus) { s.Active, s.Certificate = number(base.number()), base.id[:] }, "alpha", "beta")
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	_, err := adminAPI{l.hosts["alpha"].agent}.Refresh(ctx, &apipb.RefreshRequest{Key: "first"})
+	var refused *apiError
+	if !errors.As(err, &refused) || refused.reason != "DEADLINE" {
+		t.Fatalf("the refresh: %v", err)
+	}
+	for range 20 {
+		if _, err := l.sign("alpha", []byte("meanwhile")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if act := l.key("alpha").active.Load(); act.id != base.id {
+		t.Errorf("alpha is at epoch %s", act.number())
+	}
+}
+
+// TestForgedResharing has a host that holds no share try to have the holders reshare, in
+// every way that it could.
+func TestForgedResharing(t *testing.T) {
+	l := born(t)
+	n := l.epochOf("alpha")
+	l.addHost("delta")
+	l.write(2, "alpha", "beta", "gamma")
+	l.deliver("alpha", "beta", "gamma")
+	base := &known{l.key("alpha").active.Load().certificate, l.key("alpha").active.Load().id, l.key("alpha").active.Load().output}
+	r := l.betray("delta")
+	r.connected()
+	at := func(attempt uint64) vault.Number { return vault.Number{Roster: 2, Attempt: attempt} }
+	forged := *base.certificate
+	forged.Subject.Number.Attempt++
+	forgedBase := &known{&forged, forged.Subject.ID(), base.output}
+	for name, c := range map[string]struct {
+		base    *known
+		dealers []protocol.HostID
+		n       vault.Number
+		change  func(*peerpb.Open)
+		want    string
+	}{
+		"it deals nothing":     {base, []protocol.HostID{"alpha", "beta"}, at(1), nil, "differ on parties"},
+		"it deals":             {base, []protocol.HostID{"alpha", "delta"}, at(1), nil, "delta"},
+		"a forged base":        {forgedBase, []protocol.HostID{"alpha", "beta"}, at(1), nil, ""},
+		"no certificate":       {base, []protocol.HostID{"alpha", "beta"}, at(1), func(o *peerpb.Open) { o.Certificate = nil }, "decoding"},
+		"no dealers":           {base, nil, at(1), nil, ""},
+		"others than the id's": {base, []protocol.HostID{"alpha", "beta"}, at(1), func(o *peerpb.Open) { o.Dealers = []string{"alpha"} }, "differ"},
+	} {
+		res := newResharing(r.key, c.base, c.dealers, c.n)
+		if len(c.dealers) == 0 {
+			res.all = res.holders
+		}
+		if !slices.Contains(res.all, "delta") {
+			res.all = append(slices.Clone(res.all), "delta")
+			slices.Sort(res.all)
+		}
+		_, err := r.leads(res, c.change)
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for _, name := range []string{"alpha", "beta", "gamma"} {
+		if record, _ := l.hosts[name].agent.vault.Load().Record(l.key(name).id); l.epochOf(name) != n || len(record.Staged) != 1 {
+			t.Errorf("%s is at epoch %s and holds %v", name, l.epochOf(name), record.Staged)
+		}
+	}
 }
