@@ -828,7 +828,7 @@ func TestForgedCertificates(t *testing.T) {
 	u.start("alpha", "gamma")
 	r := u.betray("beta")
 
-	subject := u.key("alpha").subject("lab", epoch.Staged{Number: vault.Number{Roster: 1, Attempt: 1}, Output: epoch.OutputDigest("ed25519", true1.Public)}, [32]byte{})
+	subject := u.key("alpha").subject("lab", epoch.Staged{Number: vault.Number{Roster: 1, Attempt: 1}, Output: epoch.OutputDigest("ed25519", true1.Public)}, vault.Origin{Entry: u.key("alpha").digest()})
 	forged := func(change func(*epoch.Certificate), signers ...string) *peerpb.Frame {
 		c := &epoch.Certificate{Subject: subject, Public: true1.Public}
 		for i, name := range []string{"alpha", "beta", "gamma"} {
@@ -896,7 +896,7 @@ func TestLiesAboutAKey(t *testing.T) {
 	l.start("alpha", "gamma")
 	r := l.betray("beta")
 	st := func(n vault.Number) *peerpb.Staged { return staged(epoch.Staged{Number: n, Output: vault.Output{1}}) }
-	subject := r.key.subject("lab", epoch.Staged{Number: vault.Number{Roster: 1, Attempt: 1}, Output: vault.Output{1}}, [32]byte{})
+	subject := r.key.subject("lab", epoch.Staged{Number: vault.Number{Roster: 1, Attempt: 1}, Output: vault.Output{1}}, vault.Origin{Entry: r.key.digest()})
 	statement := func(as protocol.HostID, by string) []byte {
 		s, err := subject.Sign(as, l.hosts[by].identity)
 		ok(t, err)
@@ -965,7 +965,7 @@ func (m *made) choice() epoch.Staged {
 // vote is the rogue's word about a share.
 func (r *rogue) vote(choice epoch.Staged) func(*peerpb.KeyStatus) {
 	r.t.Helper()
-	subject := r.key.subject("lab", choice, [32]byte{})
+	subject := r.key.subject("lab", choice, vault.Origin{Entry: r.key.digest()})
 	st, err := subject.Sign(r.self, r.hosts[string(r.self)].identity)
 	ok(r.t, err)
 	b, err := st.Encode()
@@ -1105,8 +1105,8 @@ func TestBirthWithTwoFacedHost(t *testing.T) {
 	l.untilSays("gamma", "waiting", `waiting for the statements of "beta"`)
 	l.wantUnborn("alpha", "gamma")
 	// It can make the certificate now, and nobody else can. It shows it to one.
-	c := epoch.NewCertificate(r.key.subject("lab", m.choice(), [32]byte{}), m.public, []epoch.Statement{r.statement("alpha"), r.statement("gamma"), func() epoch.Statement {
-		s := r.key.subject("lab", m.choice(), [32]byte{})
+	c := epoch.NewCertificate(r.key.subject("lab", m.choice(), vault.Origin{Entry: r.key.digest()}), m.public, []epoch.Statement{r.statement("alpha"), r.statement("gamma"), func() epoch.Statement {
+		s := r.key.subject("lab", m.choice(), vault.Origin{Entry: r.key.digest()})
 		st, err := s.Sign("beta", l.hosts["beta"].identity)
 		ok(t, err)
 		return st

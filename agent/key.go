@@ -39,7 +39,6 @@ type key struct {
 	retry      retry                         // when the next generation may start
 	condition  condition
 	stage      string                   // how far the generation under way is, for people
-	outputs    map[vault.Number]output  // of what is staged here; read once
 	known      *known                   // the highest certificate that this host has; nil if none
 	wanted     time.Time                // when certificates were asked for last
 	since      time.Time                // when that epoch was taken up here
@@ -97,7 +96,6 @@ func newKey(d *declared) (*key, error) {
 		statements: map[protocol.HostID]said{},
 		cheats:     map[protocol.HostID]bool{},
 		failed:     map[protocol.HostID]time.Time{},
-		outputs:    map[vault.Number]output{},
 		news:       make(chan struct{}),
 	}
 	k.declared.Store(d)
@@ -146,9 +144,11 @@ func (k *key) circle() []protocol.HostID {
 // concerns tells whether a host has to do with the key.
 func (k *key) concerns(h protocol.HostID) bool { return slices.Contains(k.circle(), h) }
 
-// subject is what the holders' statements about a staged share are about.
-func (k *key) subject(fleet string, s epoch.Staged, parent [32]byte) epoch.Subject {
-	return epoch.Subject{Fleet: fleet, Key: k.id, Scheme: k.entry().Scheme, Number: s.Number, Entry: k.digest(), Output: s.Output, Parent: parent}
+// subject is what the holders' statements about a staged share are about. The entry is
+// that of the session, whatever the roster says by now: of one epoch there is one
+// certificate.
+func (k *key) subject(fleet string, s epoch.Staged, made vault.Origin) epoch.Subject {
+	return epoch.Subject{Fleet: fleet, Key: k.id, Scheme: k.entry().Scheme, Number: s.Number, Entry: made.Entry, Output: s.Output, Parent: made.Parent}
 }
 
 // binding is what a session about this key must agree on.
@@ -229,11 +229,6 @@ func (k *key) learn(n *known) {
 	defer k.mu.Unlock()
 	if k.known.number().Compare(n.number()) < 0 {
 		k.known, k.asked, k.idle, k.settled = n, [32]byte{}, time.Time{}, false
-		for number := range k.outputs {
-			if number.Compare(n.number()) < 0 {
-				delete(k.outputs, number)
-			}
-		}
 		k.tellNews()
 	}
 }

@@ -317,7 +317,8 @@ func (a *Agent) runKeygen(ctx context.Context, k *key, v *vault.Vault, n vault.N
 		return err
 	}
 	defer share.Wipe()
-	return a.stage(ctx, k, v, n, [32]byte{}, public, share)
+	record, _ := v.Record(k.id) // with the entry that mayGenerate noted
+	return a.stage(ctx, k, v, n, vault.Origin{Entry: record.Entry}, public, share)
 }
 
 // watchGeneration says for people how far a session is.
@@ -336,9 +337,9 @@ func (a *Agent) watchGeneration(k *key, n vault.Number, box *inbox) {
 }
 
 // stage puts a new share into the vault and says so.
-func (a *Agent) stage(ctx context.Context, k *key, v *vault.Vault, n vault.Number, parent [32]byte, public []byte, share *secret.Bytes) error {
+func (a *Agent) stage(ctx context.Context, k *key, v *vault.Vault, n vault.Number, made vault.Origin, public []byte, share *secret.Bytes) error {
 	output := epoch.OutputDigest(k.entry().Scheme, public)
-	if err := v.Stage(ctx, k.class(), k.id, n, output, parent, public, share); err != nil {
+	if err := v.Stage(ctx, k.class(), k.id, n, output, made, public, share); err != nil {
 		return fmt.Errorf("staging epoch %s of key %q: %w", n, k.id.Name, err)
 	}
 	failpoint.Hit("keygen/staged")

@@ -124,8 +124,8 @@ func (a *Agent) step(ctx context.Context, k *key) (name, detail string) {
 // exists.
 func reshared(v *vault.Vault, record vault.Record) bool {
 	return slices.ContainsFunc(record.Staged, func(s vault.Staged) bool {
-		parent, _ := v.Parent(record.Key, s.Number)
-		return parent != [32]byte{}
+		made, _ := v.Origin(record.Key, s.Number)
+		return made.Parent != [32]byte{}
 	})
 }
 
@@ -248,8 +248,9 @@ func (a *Agent) checkKnown(k *key, n *known) error {
 }
 
 // checkCertificate refuses a certificate that a host showed, unless it is about this key
-// as the roster declares it, or about what this host has voted for itself by an
-// earlier roster.
+// as the roster declares it, or about a share that this host holds and has voted for by
+// an earlier roster. That it has voted for another since changes nothing: the others may
+// have erased what was before.
 func (a *Agent) checkCertificate(k *key, v *vault.Vault, n *known) error {
 	if err := a.checkKnown(k, n); err != nil {
 		return err
@@ -257,7 +258,7 @@ func (a *Agent) checkCertificate(k *key, v *vault.Vault, n *known) error {
 	s := &n.certificate.Subject
 	pins := k.pins(n.output.holders)
 	record, _ := v.Record(k.id)
-	switch mine := record.Voted != nil && *record.Voted == (vault.Staged{Number: s.Number, Output: s.Output}); {
+	switch mine := slices.Contains(record.Staged, vault.Staged{Number: s.Number, Output: s.Output}); {
 	case s.Entry != k.digest() && !mine:
 		return errors.New("certificate is for other hosts, identities or another quorum than the roster declares for this key: give this host the roster that the others have")
 	case s.Entry != k.digest(): // the statements of hosts that the roster has no more cannot be checked
@@ -319,8 +320,8 @@ func (a *Agent) unbornState(k *key, v *vault.Vault) *epoch.Unborn {
 	for h, view := range k.views {
 		if h == a.self {
 			view.Staged = slices.DeleteFunc(slices.Clone(view.Staged), func(s epoch.Staged) bool {
-				parent, _ := v.Parent(k.id, s.Number)
-				return parent != [32]byte{}
+				made, _ := v.Origin(k.id, s.Number)
+				return made.Parent != [32]byte{}
 			})
 		}
 		if said := k.statements[h]; h != a.self && view.Voted != nil && said.about != *view.Voted {
@@ -422,7 +423,7 @@ func (a *Agent) dropUnborn(ctx context.Context, k *key, v *vault.Vault, born vau
 			continue
 		}
 		for _, s := range r.Staged {
-			if r.Key != k.id || s.Number != born {
+			if made, _ := v.Origin(r.Key, s.Number); made.Parent == [32]byte{} && (r.Key != k.id || s.Number != born) {
 				drop = append(drop, vault.Drop{Key: r.Key, Number: s.Number})
 			}
 		}
@@ -452,17 +453,14 @@ func (a *Agent) certify(ctx context.Context, k *key, v *vault.Vault, choice epoc
 	if err != nil {
 		return err
 	}
-	parent, err := a.parent(k, v, choice.Number)
-	if err != nil {
-		return err
-	}
+	made, _ := v.Origin(k.id, choice.Number)
 	var statements []epoch.Statement
 	k.mu.Lock()
 	for _, h := range k.holders() {
 		statements = append(statements, k.statements[h].Statement)
 	}
 	k.mu.Unlock()
-	return a.adopt(ctx, k, v, epoch.NewCertificate(k.subject(a.roster().Fleet, choice, parent), public, statements))
+	return a.adopt(ctx, k, v, epoch.NewCertificate(k.subject(a.roster().Fleet, choice, made), public, statements))
 }
 
 // ownView is what this host says of a key.
@@ -496,19 +494,20 @@ func (a *Agent) see(k *key, v *vault.Vault, record vault.Record) {
 	k.views[a.self] = view
 	have := k.statements[a.self]
 	k.mu.Unlock()
-	if view.Voted == nil || have.about == *view.Voted && have.entry == k.digest() {
+	if view.Voted == nil || have.about == *view.Voted {
 		return
 	}
-	parent, err := a.parent(k, v, view.Voted.Number)
-	if err == nil {
-		subject := k.subject(a.roster().Fleet, *view.Voted, parent)
-		have.Statement, err = subject.Sign(a.self, a.identity)
+	made, ok := v.Origin(k.id, view.Voted.Number)
+	if !ok {
+		return
 	}
-	if err != nil {
+	subject := k.subject(a.roster().Fleet, *view.Voted, made)
+	var err error
+	if have.Statement, err = subject.Sign(a.self, a.identity); err != nil {
 		a.log.Error("signing a statement", "key", k.id.Name, "error", err)
 		return // said again at the next look
 	}
-	have.about, have.entry = *view.Voted, k.digest()
+	have.about, have.entry = *view.Voted, made.Entry
 	k.mu.Lock()
 	k.statements[a.self] = have
 	k.mu.Unlock()
@@ -528,19 +527,14 @@ func (a *Agent) erase(ctx context.Context) {
 		}
 		record, _ := v.Record(k.id)
 		b := a.born(k, v)
-		if len(record.Staged) == 0 || !b.Confirmed() {
-			continue
-		}
-		if !slices.Contains(b.Base.Holders, a.self) {
-			if err := a.retire(ctx, k, v); err != nil {
+		numbers, leaves := b.Erasable(&record)
+		if leaves {
+			if err := a.retire(ctx, k, v, b.Base.Certificate); err != nil {
 				a.log.Error("erasing what this host held", "key", k.id.Name, "error", err)
 			}
-			continue
 		}
-		for _, s := range record.Staged {
-			if record.Holds(b.Base.Number) && record.Active == b.Base.Number && s.Number.Compare(b.Base.Number) < 0 {
-				drops = append(drops, vault.Drop{Key: k.id, Number: s.Number})
-			}
+		for _, n := range numbers {
+			drops = append(drops, vault.Drop{Key: k.id, Number: n})
 		}
 	}
 	if len(drops) == 0 {
@@ -555,11 +549,14 @@ func (a *Agent) erase(ctx context.Context) {
 	}
 }
 
-// retire erases what this host held of a key that others hold now.
-func (a *Agent) retire(ctx context.Context, k *key, v *vault.Vault) error {
+// retire erases what this host held of a key that others hold now, by that certificate.
+func (a *Agent) retire(ctx context.Context, k *key, v *vault.Vault, confirmed [32]byte) error {
 	k.mu.Lock()
 	n := k.known
 	k.mu.Unlock()
+	if n.id != confirmed {
+		return nil // a later one came meanwhile, of which this host may be a holder
+	}
 	encoded, err := n.certificate.Encode()
 	if err != nil {
 		return err

@@ -107,7 +107,7 @@ func (a *Agent) born(k *key, v *vault.Vault) *epoch.Born {
 	for h, view := range k.views {
 		if h == a.self {
 			view.Staged = fits
-		} else if said := k.statements[h]; view.Voted != nil && said.about != *view.Voted {
+		} else if said := k.statements[h]; view.Voted != nil && (said.about != *view.Voted || said.entry != k.digest()) {
 			view.Voted = nil // a vote counts with its signature
 		}
 		b.Views[h] = view
@@ -116,50 +116,17 @@ func (a *Agent) born(k *key, v *vault.Vault) *epoch.Born {
 	return b
 }
 
-// fitting lists the staged shares that were dealt for the holders and the quorum of
-// the roster.
+// fitting lists the staged shares that were dealt for the roster's entry.
 func (a *Agent) fitting(k *key, v *vault.Vault) (fits []epoch.Staged) {
 	k.mu.Lock()
 	staged := k.views[a.self].Staged
 	k.mu.Unlock()
 	for _, s := range staged {
-		if _, err := a.parent(k, v, s.Number); err != nil {
-			continue
-		}
-		k.mu.Lock()
-		out := k.outputs[s.Number]
-		k.mu.Unlock()
-		if out.quorum == k.entry().Quorum && slices.Equal(out.holders, k.holders()) {
+		if made, ok := v.Origin(k.id, s.Number); ok && made.Entry == k.digest() {
 			fits = append(fits, s)
 		}
 	}
 	return fits
-}
-
-// parent names the certificate that a staged share was made from, and reads its public
-// output once.
-func (a *Agent) parent(k *key, v *vault.Vault, n vault.Number) (parent [32]byte, err error) {
-	parent, ok := v.Parent(k.id, n)
-	if !ok {
-		return parent, vault.ErrNoShare
-	}
-	k.mu.Lock()
-	_, ok = k.outputs[n]
-	k.mu.Unlock()
-	if ok {
-		return parent, nil
-	}
-	public, err := v.Public(k.id, n)
-	if err != nil {
-		return parent, err
-	}
-	out, err := k.scheme.inspect(public)
-	if err == nil {
-		k.mu.Lock()
-		k.outputs[n] = out
-		k.mu.Unlock()
-	}
-	return parent, err
 }
 
 // overdue tells whether the shares are older than the roster wants; k.mu is held.
@@ -253,6 +220,7 @@ func (k *key) refresh(act *active) {
 // resharing is one session that gives a key new shares, as its hosts agree on it.
 type resharing struct {
 	base    *known
+	entry   [32]byte
 	dealers []protocol.HostID
 	holders []protocol.HostID
 	number  vault.Number
@@ -261,7 +229,7 @@ type resharing struct {
 
 func newResharing(k *key, base *known, dealers []protocol.HostID, n vault.Number) *resharing {
 	holders := k.holders()
-	return &resharing{base: base, dealers: dealers, holders: holders, number: n,
+	return &resharing{base: base, entry: k.digest(), dealers: dealers, holders: holders, number: n,
 		all: slices.Compact(slices.Sorted(slices.Values(slices.Concat(dealers, holders))))}
 }
 
@@ -269,7 +237,7 @@ func newResharing(k *key, base *known, dealers []protocol.HostID, n vault.Number
 // and who gets shares.
 func (r *resharing) binding(k *key, nonce [32]byte) protocol.Binding {
 	b := k.binding(opReshare, r.number, r.all, nonce)
-	b.Certificate = r.base.id
+	b.Certificate, b.Entry = r.base.id, r.entry
 	h := sha256.New()
 	h.Write([]byte("conseal reshare request v1"))
 	for _, hosts := range [][]protocol.HostID{r.dealers, r.holders} {
@@ -356,20 +324,14 @@ func (a *Agent) mayReshare(k *key, v *vault.Vault, r *resharing) error {
 		return refuse(reasonRefused, "the key is deleted by its roster")
 	}
 	record, _ := v.Record(k.id)
-	highest := record.Active
-	if record.Voted != nil && record.Voted.Number.Compare(highest) > 0 {
-		highest = record.Voted.Number
-	}
-	for _, s := range record.Staged {
-		if s.Number.Compare(highest) > 0 {
-			highest = s.Number
-		}
-	}
+	highest := record.Highest()
 	n := r.number
 	switch {
 	case n.Compare(highest) <= 0:
 		return refuse(reasonRefused, "it has epoch %s already", highest)
-	case n.Roster > a.roster().Version+maxJump || n.Attempt > maxJump+highest.Attempt:
+	case n.Roster > a.roster().Version: // else the next roster's epochs could get no higher numbers
+		return refuse(reasonNotReady, "epoch %s is of a later roster than its version %d", n, a.roster().Version)
+	case n.Attempt > maxJump+highest.Attempt:
 		return refuse(reasonRefused, "the number of the epoch jumps too far ahead")
 	case slices.Contains(r.holders, a.self) && record.Active == vault.Number{} && len(k.entry().PublicKey) == 0:
 		return refuse(reasonRefused, "it holds no share of this key yet: set `public_key` in the roster, so that it cannot be dealt another key")
@@ -498,7 +460,7 @@ func (a *Agent) runReshare(ctx context.Context, k *key, v *vault.Vault, r *resha
 		return err
 	}
 	defer made.Wipe()
-	return a.stage(ctx, k, v, r.number, r.base.id, public, made)
+	return a.stage(ctx, k, v, r.number, vault.Origin{Parent: r.base.id, Entry: r.entry}, public, made)
 }
 
 // reshareConfig is what the session is made of, for this host.

@@ -179,10 +179,10 @@ func (a *Agent) parseVote(k *key, from protocol.HostID, s *peerpb.KeyStatus) (*e
 	if string(s.Entry) != string(entry[:]) || v == nil {
 		return &voted, nil, nil
 	}
-	parent, unknown := a.parent(k, v, voted.Number)
-	subject := k.subject(a.roster().Fleet, voted, parent)
+	made, staged := v.Origin(k.id, voted.Number)
+	subject := k.subject(a.roster().Fleet, voted, vault.Origin{Parent: made.Parent, Entry: entry})
 	if err := subject.Verify(statement, k.pins([]protocol.HostID{from})[from]); err != nil {
-		if unknown != nil && k.exists() { // then it may have a parent
+		if !staged && k.exists() { // then it may have a parent
 			return &voted, nil, nil
 		}
 		return nil, nil, err

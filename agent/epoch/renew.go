@@ -71,11 +71,21 @@ func Renew(b *Born) Action {
 		return Action{Step: Wait, Missing: differ,
 			Why: fmt.Sprintf("the rosters differ on this key: here and at %s; give all hosts the same roster", list(differ))}
 	}
+	if n, ok := b.committing(); ok {
+		return Action{Step: Wait, Why: fmt.Sprintf("waiting for the hosts to commit epoch %s", n)}
+	}
 	able := b.Able()
+	if !slices.Contains(able, b.Self) {
+		return Action{Step: Wait, Why: "waiting for a holder of the key to deal new shares: this host does not have its own ready"}
+	}
 	if len(able) < b.Base.Quorum {
 		return Action{Step: Wait, Why: fmt.Sprintf("%d of %d hosts that can deal new shares are there: %s", len(able), b.Base.Quorum, list(able))}
 	}
-	return Action{Step: Lead, Number: b.number(), Rank: slices.Index(able, b.Self)}
+	n := b.number()
+	if n.Roster > b.Roster {
+		return Action{Step: Wait, Why: fmt.Sprintf("epoch %s was made by a later roster than version %d, which this host has; give it the roster that the others have", b.Base.Number, b.Roster)}
+	}
+	return Action{Step: Lead, Number: n, Rank: slices.Index(able, b.Self)}
 }
 
 // commit says how far the hosts are with a choice that all holders have staged; not ok
@@ -95,6 +105,23 @@ func (b *Born) commit(choice Staged) (Action, bool) {
 		return Action{Step: Certify, Choice: choice}, true
 	}
 	return Action{Step: Wait, Missing: missing, Why: "waiting for the statements of " + list(missing)}, true
+}
+
+// committing finds an epoch that holders have begun to vote for and all of them have
+// staged. A holder waits for it in commit; a host that is none would otherwise lead
+// again and again, and where voting takes long the holders would never get to the end.
+func (b *Born) committing() (n vault.Number, ok bool) {
+	for _, h := range b.Holders {
+		voted := b.Views[h].Voted
+		everywhere := !slices.Contains(b.Holders, b.Self) && voted != nil && voted.Number.Compare(b.Base.Number) > 0
+		for _, o := range b.Holders {
+			everywhere = everywhere && slices.Contains(b.Views[o].Staged, *voted)
+		}
+		if everywhere {
+			return voted.Number, true
+		}
+	}
+	return n, false
 }
 
 // next finds the highest number above the base that all holders have staged with one
@@ -138,22 +165,23 @@ func (b *Born) differing() (differ []protocol.HostID) {
 // Able lists the hosts that can deal now: those of [Born.Dealers] that have the base.
 func (b *Born) Able() (able []protocol.HostID) {
 	for _, h := range b.Dealers {
-		if h == b.Self || b.Views[h].Heard && b.Views[h].Certificate == b.Base.Certificate {
+		if v := b.Views[h]; v.Heard && v.Certificate == b.Base.Certificate {
 			able = append(able, h)
 		}
 	}
 	return able
 }
 
-// number is above all that any holder has staged or voted for.
+// number is above all that any holder has staged or voted for. What one says of a later
+// roster than this host's is left out: if it is true, that host refuses the number, and
+// if not, the epochs of rosters to come would get no higher numbers than this one.
 func (b *Born) number() vault.Number {
 	n := vault.Number{Roster: b.Roster}
 	raise := func(o vault.Number) {
-		if o.Compare(n) > 0 {
+		if o.Compare(n) > 0 && o.Roster <= b.Roster {
 			n = o
 		}
 	}
-	raise(b.Base.Number)
 	for _, h := range b.Holders {
 		v := b.Views[h]
 		for _, s := range v.Staged {
@@ -162,6 +190,9 @@ func (b *Born) number() vault.Number {
 		if v.Voted != nil {
 			raise(v.Voted.Number)
 		}
+	}
+	if b.Base.Number.Compare(n) > 0 {
+		n = b.Base.Number
 	}
 	n.Attempt++
 	return n
@@ -189,4 +220,25 @@ func (b *Born) Confirmed() bool {
 		}
 	}
 	return b.Base.Quorum > 0 && n >= b.Base.Quorum
+}
+
+// Erasable says what a host may erase of a key of which its vault has record: the
+// shares of epochs below the base, or, if it is no holder of the base, everything. That
+// is nothing while the base is not [Born.Confirmed], or the host has not taken it up.
+func (b *Born) Erasable(record *vault.Record) (numbers []vault.Number, leaves bool) {
+	holder := slices.Contains(b.Base.Holders, b.Self)
+	switch {
+	case len(record.Staged) == 0 || !b.Confirmed():
+		return nil, false
+	case !holder:
+		return nil, !slices.ContainsFunc(record.Staged, func(s vault.Staged) bool { return s.Number.Compare(b.Base.Number) >= 0 })
+	case record.Active != b.Base.Number || !record.Holds(b.Base.Number):
+		return nil, false
+	}
+	for _, s := range record.Staged {
+		if s.Number.Compare(b.Base.Number) < 0 {
+			numbers = append(numbers, s.Number)
+		}
+	}
+	return numbers, false
 }

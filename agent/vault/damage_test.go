@@ -290,7 +290,7 @@ func TestNoSecretInFiles(t *testing.T) {
 		t.Errorf("the search found %v", where)
 	}
 	share := secret.Copy(planted)
-	must(t, v.Stage(t.Context(), vault.Held, backups, n12, vault.Output{}, [32]byte{}, planted, share))
+	must(t, v.Stage(t.Context(), vault.Held, backups, n12, vault.Output{}, vault.Origin{}, planted, share))
 	if where := find(t, v.dir, planted); len(where) != 2 {
 		t.Errorf("the search found %v", where)
 	}

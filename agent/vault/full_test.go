@@ -45,7 +45,7 @@ func fillUp(t testing.TB) {
 		must(t, unix.Setrlimit(unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: limit, Max: old.Max}))
 		errs := map[string]error{
 			"see":      v.see(backups, 1),
-			"stage":    v.Stage(t.Context(), vault.Held, payments, n13, vault.Output{}, [32]byte{}, nil, secret.Random(2000)),
+			"stage":    v.Stage(t.Context(), vault.Held, payments, n13, vault.Output{}, vault.Origin{}, nil, secret.Random(2000)),
 			"vote":     v.vote(backups, n11),
 			"activate": v.activate(payments, n12),
 			"drop":     v.drop(payments, n12),
@@ -53,7 +53,7 @@ func fillUp(t testing.TB) {
 		if limit < 100 { // a new vault is small
 			errs["create"] = vault.Create(t.Context(), filepath.Join(os.Getenv(fullEnv), "new"), host, newHardware())
 		} else { // the share fits, and the manifest does not
-			errs["small stage"] = v.Stage(t.Context(), vault.Held, payments, n13, vault.Output{}, [32]byte{}, nil, secret.Random(16))
+			errs["small stage"] = v.Stage(t.Context(), vault.Held, payments, n13, vault.Output{}, vault.Origin{}, nil, secret.Random(16))
 		}
 		must(t, unix.Setrlimit(unix.RLIMIT_FSIZE, &old))
 		for what, err := range errs {

@@ -68,7 +68,7 @@ func BenchmarkStage10k(b *testing.B) {
 	must(b, v.stage(payments, n11))
 	b.ResetTimer()
 	for i := range b.N {
-		must(b, v.Stage(b.Context(), vault.Held, key(fmt.Sprint("bench", i), 1), n11, vault.Output{}, [32]byte{}, nil, share))
+		must(b, v.Stage(b.Context(), vault.Held, key(fmt.Sprint("bench", i), 1), n11, vault.Output{}, vault.Origin{}, nil, share))
 	}
 	b.StopTimer()
 	info, err := os.Stat(filepath.Join(v.dir, "manifest.0"))

@@ -41,7 +41,7 @@ type record struct {
 type share struct {
 	number  Number
 	output  Output
-	parent  [32]byte // certificate of the epoch that it was made from; zero at birth
+	made    Origin
 	file    fileName
 	digest  [32]byte  // SHA-256 of the file
 	erasure *[32]byte // without it, the file is noise; one copy, guarded by [Vault.erasing]
@@ -114,7 +114,7 @@ func moment(seconds uint64) time.Time {
 // proves nothing against an attacker, damage from a torn or rotten disk.
 const (
 	slotMagic   = "conseal manifest"
-	slotVersion = 2 // 1 is read too: it has no parents, times and suspensions
+	slotVersion = 2 // 1 is read too: it has no origins, times and suspensions
 	saltSize    = 32
 	tagSize     = 16
 	slots       = 2
@@ -260,7 +260,8 @@ func (m *manifest) encode(version byte) []byte {
 			e.number(s.number)
 			e.raw(s.output[:])
 			if version > 1 {
-				e.raw(s.parent[:])
+				e.raw(s.made.Parent[:])
+				e.raw(s.made.Entry[:])
 			}
 			e.raw(s.file[:])
 			e.raw(s.digest[:])
@@ -296,7 +297,10 @@ func decodeManifest(b []byte, version byte) (*manifest, error) {
 			s := share{number: d.number(), erasure: new([32]byte)}
 			d.raw(s.output[:])
 			if version > 1 {
-				d.raw(s.parent[:])
+				d.raw(s.made.Parent[:])
+				d.raw(s.made.Entry[:])
+			} else {
+				s.made.Entry = r.entry
 			}
 			d.raw(s.file[:])
 			d.raw(s.digest[:])

@@ -47,7 +47,7 @@ func (o op) do(t testing.TB, v *vault.Vault) error {
 	case "see":
 		return v.See(ctx, o.Key, [32]byte{o.Entry})
 	case "stage":
-		return v.Stage(ctx, o.Class, o.Key, o.Number, vault.Output(share), [32]byte{}, share[:8], secret.Copy(share[:]))
+		return v.Stage(ctx, o.Class, o.Key, o.Number, vault.Output(share), vault.Origin{}, share[:8], secret.Copy(share[:]))
 	case "vote":
 		return v.Vote(ctx, o.Key, o.Number, outputOf(v, o.Key, o.Number))
 	case "activate":
@@ -137,7 +137,7 @@ func (m model) apply(o op) (model, bool) {
 		ok = staged >= 0 && o.Number.Compare(r.Active) >= 0
 		r.Active = o.Number
 	case "retire":
-		above := slices.ContainsFunc(r.Staged, func(s vault.Staged) bool { return s.Number.Compare(o.Number) > 0 })
+		above := slices.ContainsFunc(r.Staged, func(s vault.Staged) bool { return s.Number.Compare(o.Number) >= 0 })
 		if o.Number.Compare(r.Active) < 0 || o.Number == r.Active && len(r.Staged) == 0 {
 			return m, true
 		}

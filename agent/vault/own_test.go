@@ -15,7 +15,7 @@ import (
 func (v *testVault) stageOwn(id vault.KeyID, n vault.Number) error {
 	share := secret.Copy(content(id, n))
 	defer share.Wipe()
-	return v.Stage(v.t.Context(), vault.Own, id, n, output(id, n), [32]byte{}, public(id, n), share)
+	return v.Stage(v.t.Context(), vault.Own, id, n, output(id, n), vault.Origin{}, public(id, n), share)
 }
 
 func (v *testVault) reseal(class vault.Class, ids ...vault.KeyID) error {

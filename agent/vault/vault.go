@@ -88,6 +88,12 @@ type Staged struct {
 	Output Output
 }
 
+// Origin is what a share was made from and for.
+type Origin struct {
+	Parent [32]byte // certificate of the epoch that it was made from; zero at birth
+	Entry  [32]byte // digest of the roster's entry that the hosts of the session agreed on
+}
+
 // Record is what the vault has of a key; a copy, without secrets.
 type Record struct {
 	Key    KeyID
@@ -103,6 +109,20 @@ type Record struct {
 // Holds tells whether the host has the share of epoch n.
 func (r *Record) Holds(n Number) bool {
 	return slices.ContainsFunc(r.Staged, func(s Staged) bool { return s.Number == n })
+}
+
+// Highest is the highest epoch that the host has, voted for or staged.
+func (r *Record) Highest() Number {
+	highest := r.Active
+	if r.Voted != nil && r.Voted.Number.Compare(highest) > 0 {
+		highest = r.Voted.Number
+	}
+	for _, s := range r.Staged {
+		if s.Number.Compare(highest) > 0 {
+			highest = s.Number
+		}
+	}
+	return highest
 }
 
 // Drop names a share to erase.
@@ -344,9 +364,8 @@ func (v *Vault) See(ctx context.Context, id KeyID, entry [32]byte) error {
 
 // Stage stores a new share beside all others: written, synced, read back,
 // decrypted and compared before it counts. public is the public output that
-// output is the digest of; parent names the certificate of the epoch that it was made
-// from, and is zero at birth. The caller keeps share.
-func (v *Vault) Stage(ctx context.Context, class Class, id KeyID, n Number, output Output, parent [32]byte, public []byte, share *secret.Bytes) error {
+// output is the digest of; made is what the session was about. The caller keeps share.
+func (v *Vault) Stage(ctx context.Context, class Class, id KeyID, n Number, output Output, made Origin, public []byte, share *secret.Bytes) error {
 	switch {
 	case share.Len() == 0 || share.Len() > MaxShare || len(public) > MaxPublic:
 		return fmt.Errorf("staging epoch %s of key %q: a share of %d and public output of %d bytes are outside the limits", n, id.Name, share.Len(), len(public))
@@ -367,7 +386,7 @@ func (v *Vault) Stage(ctx context.Context, class Class, id KeyID, n Number, outp
 			return fmt.Errorf("staging epoch %s: %w", n, err)
 		}
 		failpoint.Hit("vault/stage/file")
-		s.parent = parent
+		s.made = made
 		r.shares = append(r.shares, *s)
 		return nil
 	})
@@ -386,7 +405,7 @@ func (v *Vault) Vote(ctx context.Context, id KeyID, n Number, output Output) err
 			return errNoChange
 		case s == nil || s.output != output:
 			return fmt.Errorf("voting for epoch %s: %w with that output", n, ErrNoShare)
-		case r.voted != nil && r.active == (Number{}) && s.parent == [32]byte{}:
+		case r.voted != nil && r.active == (Number{}) && s.made.Parent == [32]byte{}:
 			return fmt.Errorf("voting for epoch %s: this host voted for %s, and a key is born once", n, r.voted.Number)
 		case r.voted != nil && n.Compare(r.voted.Number) <= 0 || n.Compare(r.active) <= 0:
 			return fmt.Errorf("voting for epoch %s: a higher one has this host's vote", n)
@@ -442,8 +461,8 @@ func (v *Vault) Retire(ctx context.Context, id KeyID, n Number, certificate []by
 		return nil
 	}
 	for _, s := range r.shares {
-		if s.number.Compare(n) > 0 {
-			return fmt.Errorf("retiring from key %q at epoch %s: a share of %s is staged", id.Name, n, s.number)
+		if s.number.Compare(n) >= 0 {
+			return fmt.Errorf("retiring from key %q at epoch %s: it holds a share of %s", id.Name, n, s.number)
 		}
 	}
 	digest, err := v.writeCertificate(certificate)
@@ -458,13 +477,13 @@ func (v *Vault) Retire(ctx context.Context, id KeyID, n Number, certificate []by
 	return nil
 }
 
-// Parent names the certificate of the epoch that a share was made from.
-func (v *Vault) Parent(id KeyID, n Number) (parent [32]byte, ok bool) {
+// Origin tells what a share was made from and for.
+func (v *Vault) Origin(id KeyID, n Number) (made Origin, ok bool) {
 	s := v.find(id, n)
 	if s == nil {
-		return parent, false
+		return made, false
 	}
-	return s.parent, true
+	return s.made, true
 }
 
 // Drop erases shares for good: once it returns nil, no copy of the folder, older
@@ -574,7 +593,7 @@ func (v *Vault) rewrite(ctx context.Context, class Class, id KeyID, s *share) (*
 	if err != nil {
 		return nil, err
 	}
-	anew.parent = s.parent
+	anew.made = s.made
 	failpoint.Hit("vault/reseal/file")
 	return anew, nil
 }

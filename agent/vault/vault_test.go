@@ -109,7 +109,7 @@ func (v *testVault) see(id vault.KeyID, entry byte) error {
 func (v *testVault) stage(id vault.KeyID, n vault.Number) error {
 	share := secret.Copy(content(id, n))
 	defer share.Wipe()
-	return v.Stage(v.t.Context(), vault.Held, id, n, output(id, n), [32]byte{}, public(id, n), share)
+	return v.Stage(v.t.Context(), vault.Held, id, n, output(id, n), vault.Origin{}, public(id, n), share)
 }
 
 func (v *testVault) vote(id vault.KeyID, n vault.Number) error {
@@ -339,18 +339,18 @@ func TestStageRefusals(t *testing.T) {
 		"no incarnation":  {key("payments", 0), n11, 32, 0},
 		"name over 4 kiB": {key(strings.Repeat("n", 5000), 1), n11, vault.MaxShare, vault.MaxPublic},
 	} {
-		if err := v.Stage(t.Context(), vault.Held, c.id, c.n, vault.Output{}, [32]byte{}, make([]byte, c.public), secret.Random(c.share)); err == nil {
+		if err := v.Stage(t.Context(), vault.Held, c.id, c.n, vault.Output{}, vault.Origin{}, make([]byte, c.public), secret.Random(c.share)); err == nil {
 			t.Errorf("%s: no error", name)
 		}
 	}
-	if err := v.Stage(t.Context(), vault.Held, payments, n11, vault.Output{}, [32]byte{}, nil, new(secret.Bytes)); err == nil {
+	if err := v.Stage(t.Context(), vault.Held, payments, n11, vault.Output{}, vault.Origin{}, nil, new(secret.Bytes)); err == nil {
 		t.Error("a wiped share was staged")
 	}
 	if len(v.Keys()) != 0 {
 		t.Errorf("what was refused left records: %v", v.Keys())
 	}
-	must(t, v.Stage(t.Context(), vault.Held, payments, n12, vault.Output{}, [32]byte{}, make([]byte, vault.MaxPublic), secret.Random(vault.MaxShare)))
-	wantError(t, v.Stage(t.Context(), vault.Held, payments, n12, vault.Output{}, [32]byte{}, nil, share), nil, "already")
+	must(t, v.Stage(t.Context(), vault.Held, payments, n12, vault.Output{}, vault.Origin{}, make([]byte, vault.MaxPublic), secret.Random(vault.MaxShare)))
+	wantError(t, v.Stage(t.Context(), vault.Held, payments, n12, vault.Output{}, vault.Origin{}, nil, share), nil, "already")
 	must(t, v.Vote(t.Context(), payments, n12, vault.Output{}))
 	must(t, v.activate(payments, n12))
 	wantError(t, v.stage(payments, n11), nil, "1.2 is active")

@@ -51,7 +51,7 @@ func stage(t *testing.T, v *vault.Vault, class vault.Class, n vault.Number) {
 	t.Helper()
 	share := secret.Copy(content(n))
 	defer share.Wipe()
-	must(t, v.Stage(t.Context(), class, payments, n, output(n), [32]byte{}, []byte("public "+n.String()), share))
+	must(t, v.Stage(t.Context(), class, payments, n, output(n), vault.Origin{}, []byte("public "+n.String()), share))
 }
 
 func wantLends(t *testing.T, v *vault.Vault, n vault.Number) {
