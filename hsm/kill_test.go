@@ -56,7 +56,7 @@ func epochs(ctx context.Context, h *hsm.HSM, cfg hsm.Config) error {
 		share, output := killShare(n)
 		steps := []func() error{
 			func() error {
-				return v.Stage(ctx, vault.Held, killKey, killNumber(n), output, [32]byte{}, []byte("public"), share)
+				return v.Stage(ctx, vault.Held, killKey, killNumber(n), output, vault.Origin{}, []byte("public"), share)
 			},
 			func() error { return v.Vote(ctx, killKey, killNumber(n), output) },
 			func() error { return v.Activate(ctx, killKey, killNumber(n), []byte("certificate")) },
@@ -164,7 +164,7 @@ func takeNewRoot(t *testing.T, v *vault.Vault) {
 	t.Helper()
 	other := vault.KeyID{Name: "other", Incarnation: 1}
 	share, output := killShare(0)
-	err := v.Stage(t.Context(), vault.Held, other, killNumber(1), output, [32]byte{}, []byte("public"), share)
+	err := v.Stage(t.Context(), vault.Held, other, killNumber(1), output, vault.Origin{}, []byte("public"), share)
 	if err == nil {
 		err = v.Drop(t.Context(), []vault.Drop{{Key: other, Number: killNumber(1)}})
 	}

@@ -111,7 +111,7 @@ func (v *victim) live(ctx context.Context) error {
 		next++
 		n := epochNumber(next)
 		share := secret.Copy(shareOf(n))
-		if err := w.Stage(ctx, vault.Class(next%2), killedKey, n, outputOf(n), [32]byte{}, []byte("public"), share); err != nil {
+		if err := w.Stage(ctx, vault.Class(next%2), killedKey, n, outputOf(n), vault.Origin{}, []byte("public"), share); err != nil {
 			return err
 		}
 		fmt.Println("staged", next)

@@ -65,7 +65,7 @@ func run(ctx context.Context, only string) error {
 			return err
 		}
 	}
-	if err := errors.Join(tpmOperations(ctx), hsmOperations(ctx)); err != nil {
+	if err := errors.Join(renewals(), tpmOperations(ctx), hsmOperations(ctx)); err != nil {
 		return err
 	}
 	for scheme, curve := range map[string]*cmp.Curve{"ecdsa-p256": cmp.P256, "ecdsa-secp256k1": cmp.Secp256k1} {
@@ -77,7 +77,11 @@ func run(ctx context.Context, only string) error {
 }
 
 func middle(times []time.Duration) time.Duration {
-	return slices.Sorted(slices.Values(times))[len(times)/2]
+	return percentile(times, 50)
+}
+
+func percentile(times []time.Duration, of int) time.Duration {
+	return slices.Sorted(slices.Values(times))[len(times)*of/100]
 }
 
 func print(name string, value float64, unit string) {
@@ -156,7 +160,7 @@ func overSocket(ctx context.Context, bin testenv.Binaries, name string, quorum i
 		print(fmt.Sprintf("%srate-%d", name, callers), r, "signatures/s")
 		print(fmt.Sprintf("%sshare-%d", name, callers), 100*r/aloneRate, "%")
 	}
-	return nil
+	return renewed(ctx, f, name, socket)
 }
 
 func message() []byte {
