@@ -105,6 +105,12 @@ func (c *Client) LoadRoster(ctx context.Context) (*apipb.LoadRosterResponse, err
 	return r, Explain(err)
 }
 
+// Drill says what the loss of each host would do to each key, on the admin socket.
+func (c *Client) Drill(ctx context.Context) (*apipb.DrillResponse, error) {
+	r, err := c.admin.Drill(ctx, &apipb.DrillRequest{})
+	return r, Explain(err)
+}
+
 // Measure describes the host's measured state in a document for its security team. It
 // is served on the admin socket, as what follows.
 func (c *Client) Measure(ctx context.Context) ([]byte, error) {

@@ -1139,25 +1139,23 @@ func (w *world) explore(t *testing.T, limit int, each uint64) {
 }
 
 func TestEpochs(t *testing.T) {
-	limit := 8_000
-	if *soak {
-		limit = 1_000_000
-	}
 	for _, test := range []struct {
 		name                              string
 		liar                              int
 		final                             string
 		rosters                           []string
 		crashes, asks, leads, lies, lates int
+		states                            int // to visit; -soak visits a million
 	}{
-		{"refresh", -1, "", []string{"2abc"}, 1, 1, 2, 0, 1},
-		{"reshare", -1, "", []string{"2abc", "3bcd"}, 1, 0, 2, 0, 1},
-		{"grow", -1, "", []string{"2abc", "3abcd"}, 1, 0, 2, 0, 0},
-		{"reshare twice", -1, "", []string{"2abc", "2bcd", "2abd"}, 1, 0, 2, 0, 0},
-		{"refresh with a liar", 2, "2abd", []string{"2abc"}, 1, 1, 2, 1, 0},
-		{"reshare with a liar", 2, "2ab", []string{"2abc", "2bcd"}, 0, 0, 2, 1, 0},
-		{"reshare twice with a liar", 2, "2abd", []string{"2abc", "2acd", "2abd"}, 0, 0, 2, 1, 0},
-		{"four and a liar", 2, "2abde", []string{"2abcd", "3bcde"}, 0, 0, 1, 1, 0},
+		{"refresh", -1, "", []string{"2abc"}, 1, 1, 2, 0, 1, 4_000},
+		{"reshare", -1, "", []string{"2abc", "3bcd"}, 1, 0, 2, 0, 1, 4_000},
+		{"grow", -1, "", []string{"2abc", "3abcd"}, 1, 0, 2, 0, 0, 6_000},
+		{"reshare twice", -1, "", []string{"2abc", "2bcd", "2abd"}, 1, 0, 2, 0, 0, 4_000},
+		{"refresh with a liar", 2, "2abd", []string{"2abc"}, 1, 1, 2, 1, 0, 3_000},
+		{"reshare with a liar", 2, "2ab", []string{"2abc", "2bcd"}, 0, 0, 2, 1, 0, 20_000},
+		{"reshare twice with a liar", 2, "2abd", []string{"2abc", "2acd", "2abd"}, 0, 0, 2, 1, 0, 3_000},
+		{"an epoch and two rosters with a liar", 2, "2abd", []string{"2abc", "2acd", "2abd"}, 0, 0, 1, 1, 0, 8_000},
+		{"four and a liar", 2, "2abde", []string{"2abcd", "3bcde"}, 0, 0, 1, 1, 0, 4_000},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			w := newWorld(test.liar, test.rosters...)
@@ -1166,6 +1164,10 @@ func TestEpochs(t *testing.T) {
 				w.final = w.entry(uint64(len(test.rosters)+1), test.final)
 			}
 			t.Parallel()
+			limit := test.states
+			if *soak {
+				limit = 1_000_000
+			}
 			w.explore(t, limit, 100)
 		})
 	}

@@ -27,6 +27,7 @@ const (
 	exitRefused = 3 // the agent refused: not allowed, unknown key, wrong input
 	exitNotNow  = 4 // the agent or a quorum is not there now: try again later
 	exitInvalid = 5 // verify: the signature is not valid
+	exitAtRisk  = 6 // recovery drill: the loss of one host would lose a key
 )
 
 func main() {
@@ -54,6 +55,8 @@ func exitCode(err error) int {
 		return exitUsage
 	case errors.As(err, &invalidError{}):
 		return exitInvalid
+	case errors.As(err, &atRiskError{}):
+		return exitAtRisk
 	case errors.As(err, &agent):
 		switch agent.Code {
 		case connect.CodeUnavailable, connect.CodeDeadlineExceeded, connect.CodeResourceExhausted, connect.CodeCanceled:
@@ -93,7 +96,7 @@ and people who sign use the sign socket; who may use which key is in the roster.
 		return usageError{fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())}
 	})
 	root.PersistentFlags().BoolVar(&e.json, "json", false, "print JSON, for programs")
-	root.AddCommand(statusCommand(e), keysCommand(e), keyCommand(e), signCommand(e), verifyCommand(e), rosterCommand(e), sealCommand(e), exitCodesTopic())
+	root.AddCommand(statusCommand(e), keysCommand(e), keyCommand(e), signCommand(e), verifyCommand(e), rosterCommand(e), recoveryCommand(e), sealCommand(e), exitCodesTopic())
 	return root
 }
 
@@ -156,6 +159,7 @@ func exitCodesTopic() *cobra.Command {
 2  the command line is wrong
 3  the agent refused: not allowed, unknown key, unusable input
 4  the agent, or a quorum of hosts, is not there now: try again later
-5  verify: the signature is not valid`,
+5  verify: the signature is not valid
+6  recovery drill: the loss of one host would lose a key for good`,
 	}
 }

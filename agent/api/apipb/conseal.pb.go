@@ -1146,6 +1146,333 @@ func (x *LoadRosterResponse) GetChanged() bool {
 	return false
 }
 
+type DrillRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrillRequest) Reset() {
+	*x = DrillRequest{}
+	mi := &file_agent_api_conseal_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrillRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrillRequest) ProtoMessage() {}
+
+func (x *DrillRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrillRequest.ProtoReflect.Descriptor instead.
+func (*DrillRequest) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{18}
+}
+
+// DrillResponse is from what the hosts said on the connections that are up now, each at
+// its last change, and from the file of this host's own share.
+type DrillResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Host          string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	RosterVersion uint64                 `protobuf:"varint,2,opt,name=roster_version,json=rosterVersion,proto3" json:"roster_version,omitempty"`
+	// Those that this host has to do with; deleted ones are left out.
+	Keys []*DrilledKey `protobuf:"bytes,3,rep,name=keys,proto3" json:"keys,omitempty"`
+	// Keys of the roster of which this host knows nothing: their hosts do.
+	Elsewhere     []string `protobuf:"bytes,4,rep,name=elsewhere,proto3" json:"elsewhere,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrillResponse) Reset() {
+	*x = DrillResponse{}
+	mi := &file_agent_api_conseal_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrillResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrillResponse) ProtoMessage() {}
+
+func (x *DrillResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrillResponse.ProtoReflect.Descriptor instead.
+func (*DrillResponse) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *DrillResponse) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *DrillResponse) GetRosterVersion() uint64 {
+	if x != nil {
+		return x.RosterVersion
+	}
+	return 0
+}
+
+func (x *DrillResponse) GetKeys() []*DrilledKey {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+func (x *DrillResponse) GetElsewhere() []string {
+	if x != nil {
+		return x.Elsewhere
+	}
+	return nil
+}
+
+type DrilledKey struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Why this host cannot tell; then what follows says nothing. Empty if it can.
+	Problem string `protobuf:"bytes,2,opt,name=problem,proto3" json:"problem,omitempty"`
+	// The highest epoch that this host knows: its number, quorum and holders.
+	EpochRoster  uint64         `protobuf:"varint,3,opt,name=epoch_roster,json=epochRoster,proto3" json:"epoch_roster,omitempty"`
+	EpochAttempt uint64         `protobuf:"varint,4,opt,name=epoch_attempt,json=epochAttempt,proto3" json:"epoch_attempt,omitempty"`
+	Quorum       uint32         `protobuf:"varint,5,opt,name=quorum,proto3" json:"quorum,omitempty"`
+	Hosts        []*DrilledHost `protobuf:"bytes,6,rep,name=hosts,proto3" json:"hosts,omitempty"`
+	// Hosts that could sign now.
+	Live uint32 `protobuf:"varint,7,opt,name=live,proto3" json:"live,omitempty"`
+	// Hosts that have a share, or had one when they were heard last.
+	Shares uint32 `protobuf:"varint,8,opt,name=shares,proto3" json:"shares,omitempty"`
+	// live and shares without the quorum: how many may be lost before the key does not sign,
+	// and before it is lost for good. Below zero: that has happened.
+	SpareLive   int32 `protobuf:"varint,9,opt,name=spare_live,json=spareLive,proto3" json:"spare_live,omitempty"`
+	SpareShares int32 `protobuf:"varint,10,opt,name=spare_shares,json=spareShares,proto3" json:"spare_shares,omitempty"`
+	// What is to be known besides, for people.
+	Notes         []string `protobuf:"bytes,11,rep,name=notes,proto3" json:"notes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrilledKey) Reset() {
+	*x = DrilledKey{}
+	mi := &file_agent_api_conseal_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrilledKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrilledKey) ProtoMessage() {}
+
+func (x *DrilledKey) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrilledKey.ProtoReflect.Descriptor instead.
+func (*DrilledKey) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *DrilledKey) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DrilledKey) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+func (x *DrilledKey) GetEpochRoster() uint64 {
+	if x != nil {
+		return x.EpochRoster
+	}
+	return 0
+}
+
+func (x *DrilledKey) GetEpochAttempt() uint64 {
+	if x != nil {
+		return x.EpochAttempt
+	}
+	return 0
+}
+
+func (x *DrilledKey) GetQuorum() uint32 {
+	if x != nil {
+		return x.Quorum
+	}
+	return 0
+}
+
+func (x *DrilledKey) GetHosts() []*DrilledHost {
+	if x != nil {
+		return x.Hosts
+	}
+	return nil
+}
+
+func (x *DrilledKey) GetLive() uint32 {
+	if x != nil {
+		return x.Live
+	}
+	return 0
+}
+
+func (x *DrilledKey) GetShares() uint32 {
+	if x != nil {
+		return x.Shares
+	}
+	return 0
+}
+
+func (x *DrilledKey) GetSpareLive() int32 {
+	if x != nil {
+		return x.SpareLive
+	}
+	return 0
+}
+
+func (x *DrilledKey) GetSpareShares() int32 {
+	if x != nil {
+		return x.SpareShares
+	}
+	return 0
+}
+
+func (x *DrilledKey) GetNotes() []string {
+	if x != nil {
+		return x.Notes
+	}
+	return nil
+}
+
+type DrilledHost struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Live  bool                   `protobuf:"varint,2,opt,name=live,proto3" json:"live,omitempty"`
+	Share bool                   `protobuf:"varint,3,opt,name=share,proto3" json:"share,omitempty"`
+	// What it has, for people.
+	State string `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`
+	// What the loss of this host and of its share would do: "signs", "waits" (does not sign
+	// until other hosts are back, and is not lost) or "lost".
+	Loss string `protobuf:"bytes,5,opt,name=loss,proto3" json:"loss,omitempty"`
+	// The same for people.
+	Text          string `protobuf:"bytes,6,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrilledHost) Reset() {
+	*x = DrilledHost{}
+	mi := &file_agent_api_conseal_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrilledHost) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrilledHost) ProtoMessage() {}
+
+func (x *DrilledHost) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrilledHost.ProtoReflect.Descriptor instead.
+func (*DrilledHost) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *DrilledHost) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DrilledHost) GetLive() bool {
+	if x != nil {
+		return x.Live
+	}
+	return false
+}
+
+func (x *DrilledHost) GetShare() bool {
+	if x != nil {
+		return x.Share
+	}
+	return false
+}
+
+func (x *DrilledHost) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *DrilledHost) GetLoss() string {
+	if x != nil {
+		return x.Loss
+	}
+	return ""
+}
+
+func (x *DrilledHost) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1154,7 +1481,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_agent_api_conseal_proto_msgTypes[18]
+	mi := &file_agent_api_conseal_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1166,7 +1493,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[18]
+	mi := &file_agent_api_conseal_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1179,7 +1506,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{18}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{22}
 }
 
 type StatusResponse struct {
@@ -1210,7 +1537,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_agent_api_conseal_proto_msgTypes[19]
+	mi := &file_agent_api_conseal_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1222,7 +1549,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[19]
+	mi := &file_agent_api_conseal_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1235,7 +1562,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{19}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *StatusResponse) GetFleet() string {
@@ -1345,7 +1672,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_agent_api_conseal_proto_msgTypes[20]
+	mi := &file_agent_api_conseal_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1357,7 +1684,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[20]
+	mi := &file_agent_api_conseal_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1370,7 +1697,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{20}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Peer) GetName() string {
@@ -1429,7 +1756,7 @@ type ErrorInfo struct {
 
 func (x *ErrorInfo) Reset() {
 	*x = ErrorInfo{}
-	mi := &file_agent_api_conseal_proto_msgTypes[21]
+	mi := &file_agent_api_conseal_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1441,7 +1768,7 @@ func (x *ErrorInfo) String() string {
 func (*ErrorInfo) ProtoMessage() {}
 
 func (x *ErrorInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[21]
+	mi := &file_agent_api_conseal_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1454,7 +1781,7 @@ func (x *ErrorInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ErrorInfo.ProtoReflect.Descriptor instead.
 func (*ErrorInfo) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{21}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ErrorInfo) GetReason() string {
@@ -1552,7 +1879,35 @@ const file_agent_api_conseal_proto_rawDesc = "" +
 	"\x11LoadRosterRequest\"H\n" +
 	"\x12LoadRosterResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\x04R\aversion\x12\x18\n" +
-	"\achanged\x18\x02 \x01(\bR\achanged\"\x0f\n" +
+	"\achanged\x18\x02 \x01(\bR\achanged\"\x0e\n" +
+	"\fDrillRequest\"\x94\x01\n" +
+	"\rDrillResponse\x12\x12\n" +
+	"\x04host\x18\x01 \x01(\tR\x04host\x12%\n" +
+	"\x0eroster_version\x18\x02 \x01(\x04R\rrosterVersion\x12*\n" +
+	"\x04keys\x18\x03 \x03(\v2\x16.conseal.v1.DrilledKeyR\x04keys\x12\x1c\n" +
+	"\telsewhere\x18\x04 \x03(\tR\telsewhere\"\xcd\x02\n" +
+	"\n" +
+	"DrilledKey\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\aproblem\x18\x02 \x01(\tR\aproblem\x12!\n" +
+	"\fepoch_roster\x18\x03 \x01(\x04R\vepochRoster\x12#\n" +
+	"\repoch_attempt\x18\x04 \x01(\x04R\fepochAttempt\x12\x16\n" +
+	"\x06quorum\x18\x05 \x01(\rR\x06quorum\x12-\n" +
+	"\x05hosts\x18\x06 \x03(\v2\x17.conseal.v1.DrilledHostR\x05hosts\x12\x12\n" +
+	"\x04live\x18\a \x01(\rR\x04live\x12\x16\n" +
+	"\x06shares\x18\b \x01(\rR\x06shares\x12\x1d\n" +
+	"\n" +
+	"spare_live\x18\t \x01(\x05R\tspareLive\x12!\n" +
+	"\fspare_shares\x18\n" +
+	" \x01(\x05R\vspareShares\x12\x14\n" +
+	"\x05notes\x18\v \x03(\tR\x05notes\"\x89\x01\n" +
+	"\vDrilledHost\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04live\x18\x02 \x01(\bR\x04live\x12\x14\n" +
+	"\x05share\x18\x03 \x01(\bR\x05share\x12\x14\n" +
+	"\x05state\x18\x04 \x01(\tR\x05state\x12\x12\n" +
+	"\x04loss\x18\x05 \x01(\tR\x04loss\x12\x12\n" +
+	"\x04text\x18\x06 \x01(\tR\x04text\"\x0f\n" +
 	"\rStatusRequest\"\x9f\x03\n" +
 	"\x0eStatusResponse\x12\x14\n" +
 	"\x05fleet\x18\x01 \x01(\tR\x05fleet\x12\x12\n" +
@@ -1583,12 +1938,13 @@ const file_agent_api_conseal_proto_rawDesc = "" +
 	"\x06Signer\x129\n" +
 	"\x04Sign\x12\x17.conseal.v1.SignRequest\x1a\x18.conseal.v1.SignResponse\x124\n" +
 	"\x06GetKey\x12\x19.conseal.v1.GetKeyRequest\x1a\x0f.conseal.v1.Key\x12E\n" +
-	"\bListKeys\x12\x1b.conseal.v1.ListKeysRequest\x1a\x1c.conseal.v1.ListKeysResponse2\xcd\x01\n" +
+	"\bListKeys\x12\x1b.conseal.v1.ListKeysRequest\x1a\x1c.conseal.v1.ListKeysResponse2\x8b\x02\n" +
 	"\x05Admin\x12?\n" +
 	"\x06Status\x12\x19.conseal.v1.StatusRequest\x1a\x1a.conseal.v1.StatusResponse\x126\n" +
 	"\aRefresh\x12\x1a.conseal.v1.RefreshRequest\x1a\x0f.conseal.v1.Key\x12K\n" +
 	"\n" +
-	"LoadRoster\x12\x1d.conseal.v1.LoadRosterRequest\x1a\x1e.conseal.v1.LoadRosterResponse2\xd5\x01\n" +
+	"LoadRoster\x12\x1d.conseal.v1.LoadRosterRequest\x1a\x1e.conseal.v1.LoadRosterResponse\x12<\n" +
+	"\x05Drill\x12\x18.conseal.v1.DrillRequest\x1a\x19.conseal.v1.DrillResponse2\xd5\x01\n" +
 	"\x04Seal\x12B\n" +
 	"\aMeasure\x12\x1a.conseal.v1.MeasureRequest\x1a\x1b.conseal.v1.MeasureResponse\x12E\n" +
 	"\bPolicies\x12\x1b.conseal.v1.PoliciesRequest\x1a\x1c.conseal.v1.PoliciesResponse\x12B\n" +
@@ -1606,7 +1962,7 @@ func file_agent_api_conseal_proto_rawDescGZIP() []byte {
 	return file_agent_api_conseal_proto_rawDescData
 }
 
-var file_agent_api_conseal_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_agent_api_conseal_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_agent_api_conseal_proto_goTypes = []any{
 	(*MeasureRequest)(nil),     // 0: conseal.v1.MeasureRequest
 	(*MeasureResponse)(nil),    // 1: conseal.v1.MeasureResponse
@@ -1626,41 +1982,49 @@ var file_agent_api_conseal_proto_goTypes = []any{
 	(*RefreshRequest)(nil),     // 15: conseal.v1.RefreshRequest
 	(*LoadRosterRequest)(nil),  // 16: conseal.v1.LoadRosterRequest
 	(*LoadRosterResponse)(nil), // 17: conseal.v1.LoadRosterResponse
-	(*StatusRequest)(nil),      // 18: conseal.v1.StatusRequest
-	(*StatusResponse)(nil),     // 19: conseal.v1.StatusResponse
-	(*Peer)(nil),               // 20: conseal.v1.Peer
-	(*ErrorInfo)(nil),          // 21: conseal.v1.ErrorInfo
+	(*DrillRequest)(nil),       // 18: conseal.v1.DrillRequest
+	(*DrillResponse)(nil),      // 19: conseal.v1.DrillResponse
+	(*DrilledKey)(nil),         // 20: conseal.v1.DrilledKey
+	(*DrilledHost)(nil),        // 21: conseal.v1.DrilledHost
+	(*StatusRequest)(nil),      // 22: conseal.v1.StatusRequest
+	(*StatusResponse)(nil),     // 23: conseal.v1.StatusResponse
+	(*Peer)(nil),               // 24: conseal.v1.Peer
+	(*ErrorInfo)(nil),          // 25: conseal.v1.ErrorInfo
 }
 var file_agent_api_conseal_proto_depIdxs = []int32{
 	4,  // 0: conseal.v1.PoliciesResponse.policies:type_name -> conseal.v1.Policy
 	5,  // 1: conseal.v1.Policy.changed:type_name -> conseal.v1.PCRChange
 	13, // 2: conseal.v1.ListKeysResponse.keys:type_name -> conseal.v1.Key
 	14, // 3: conseal.v1.Key.presignatures:type_name -> conseal.v1.Presignatures
-	20, // 4: conseal.v1.StatusResponse.peers:type_name -> conseal.v1.Peer
-	13, // 5: conseal.v1.StatusResponse.keys:type_name -> conseal.v1.Key
-	8,  // 6: conseal.v1.Signer.Sign:input_type -> conseal.v1.SignRequest
-	10, // 7: conseal.v1.Signer.GetKey:input_type -> conseal.v1.GetKeyRequest
-	11, // 8: conseal.v1.Signer.ListKeys:input_type -> conseal.v1.ListKeysRequest
-	18, // 9: conseal.v1.Admin.Status:input_type -> conseal.v1.StatusRequest
-	15, // 10: conseal.v1.Admin.Refresh:input_type -> conseal.v1.RefreshRequest
-	16, // 11: conseal.v1.Admin.LoadRoster:input_type -> conseal.v1.LoadRosterRequest
-	0,  // 12: conseal.v1.Seal.Measure:input_type -> conseal.v1.MeasureRequest
-	2,  // 13: conseal.v1.Seal.Policies:input_type -> conseal.v1.PoliciesRequest
-	6,  // 14: conseal.v1.Seal.Install:input_type -> conseal.v1.InstallRequest
-	9,  // 15: conseal.v1.Signer.Sign:output_type -> conseal.v1.SignResponse
-	13, // 16: conseal.v1.Signer.GetKey:output_type -> conseal.v1.Key
-	12, // 17: conseal.v1.Signer.ListKeys:output_type -> conseal.v1.ListKeysResponse
-	19, // 18: conseal.v1.Admin.Status:output_type -> conseal.v1.StatusResponse
-	13, // 19: conseal.v1.Admin.Refresh:output_type -> conseal.v1.Key
-	17, // 20: conseal.v1.Admin.LoadRoster:output_type -> conseal.v1.LoadRosterResponse
-	1,  // 21: conseal.v1.Seal.Measure:output_type -> conseal.v1.MeasureResponse
-	3,  // 22: conseal.v1.Seal.Policies:output_type -> conseal.v1.PoliciesResponse
-	7,  // 23: conseal.v1.Seal.Install:output_type -> conseal.v1.InstallResponse
-	15, // [15:24] is the sub-list for method output_type
-	6,  // [6:15] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	20, // 4: conseal.v1.DrillResponse.keys:type_name -> conseal.v1.DrilledKey
+	21, // 5: conseal.v1.DrilledKey.hosts:type_name -> conseal.v1.DrilledHost
+	24, // 6: conseal.v1.StatusResponse.peers:type_name -> conseal.v1.Peer
+	13, // 7: conseal.v1.StatusResponse.keys:type_name -> conseal.v1.Key
+	8,  // 8: conseal.v1.Signer.Sign:input_type -> conseal.v1.SignRequest
+	10, // 9: conseal.v1.Signer.GetKey:input_type -> conseal.v1.GetKeyRequest
+	11, // 10: conseal.v1.Signer.ListKeys:input_type -> conseal.v1.ListKeysRequest
+	22, // 11: conseal.v1.Admin.Status:input_type -> conseal.v1.StatusRequest
+	15, // 12: conseal.v1.Admin.Refresh:input_type -> conseal.v1.RefreshRequest
+	16, // 13: conseal.v1.Admin.LoadRoster:input_type -> conseal.v1.LoadRosterRequest
+	18, // 14: conseal.v1.Admin.Drill:input_type -> conseal.v1.DrillRequest
+	0,  // 15: conseal.v1.Seal.Measure:input_type -> conseal.v1.MeasureRequest
+	2,  // 16: conseal.v1.Seal.Policies:input_type -> conseal.v1.PoliciesRequest
+	6,  // 17: conseal.v1.Seal.Install:input_type -> conseal.v1.InstallRequest
+	9,  // 18: conseal.v1.Signer.Sign:output_type -> conseal.v1.SignResponse
+	13, // 19: conseal.v1.Signer.GetKey:output_type -> conseal.v1.Key
+	12, // 20: conseal.v1.Signer.ListKeys:output_type -> conseal.v1.ListKeysResponse
+	23, // 21: conseal.v1.Admin.Status:output_type -> conseal.v1.StatusResponse
+	13, // 22: conseal.v1.Admin.Refresh:output_type -> conseal.v1.Key
+	17, // 23: conseal.v1.Admin.LoadRoster:output_type -> conseal.v1.LoadRosterResponse
+	19, // 24: conseal.v1.Admin.Drill:output_type -> conseal.v1.DrillResponse
+	1,  // 25: conseal.v1.Seal.Measure:output_type -> conseal.v1.MeasureResponse
+	3,  // 26: conseal.v1.Seal.Policies:output_type -> conseal.v1.PoliciesResponse
+	7,  // 27: conseal.v1.Seal.Install:output_type -> conseal.v1.InstallResponse
+	18, // [18:28] is the sub-list for method output_type
+	8,  // [8:18] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_agent_api_conseal_proto_init() }
@@ -1674,7 +2038,7 @@ func file_agent_api_conseal_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_api_conseal_proto_rawDesc), len(file_agent_api_conseal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

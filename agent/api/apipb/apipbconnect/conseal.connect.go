@@ -52,6 +52,8 @@ const (
 	AdminRefreshProcedure = "/conseal.v1.Admin/Refresh"
 	// AdminLoadRosterProcedure is the fully-qualified name of the Admin's LoadRoster RPC.
 	AdminLoadRosterProcedure = "/conseal.v1.Admin/LoadRoster"
+	// AdminDrillProcedure is the fully-qualified name of the Admin's Drill RPC.
+	AdminDrillProcedure = "/conseal.v1.Admin/Drill"
 	// SealMeasureProcedure is the fully-qualified name of the Seal's Measure RPC.
 	SealMeasureProcedure = "/conseal.v1.Seal/Measure"
 	// SealPoliciesProcedure is the fully-qualified name of the Seal's Policies RPC.
@@ -211,6 +213,9 @@ type AdminClient interface {
 	Refresh(context.Context, *apipb.RefreshRequest) (*apipb.Key, error)
 	// LoadRoster reads the roster's file again and takes it up, if it is a newer one.
 	LoadRoster(context.Context, *apipb.LoadRosterRequest) (*apipb.LoadRosterResponse, error)
+	// Drill says what the loss of each host would do to each key of this host. It changes
+	// nothing.
+	Drill(context.Context, *apipb.DrillRequest) (*apipb.DrillResponse, error)
 }
 
 // NewAdminClient constructs a client for the conseal.v1.Admin service. By default, it uses the
@@ -242,6 +247,12 @@ func NewAdminClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(adminMethods.ByName("LoadRoster")),
 			connect.WithClientOptions(opts...),
 		),
+		drill: connect.NewClient[apipb.DrillRequest, apipb.DrillResponse](
+			httpClient,
+			baseURL+AdminDrillProcedure,
+			connect.WithSchema(adminMethods.ByName("Drill")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -250,6 +261,7 @@ type adminClient struct {
 	status     *connect.Client[apipb.StatusRequest, apipb.StatusResponse]
 	refresh    *connect.Client[apipb.RefreshRequest, apipb.Key]
 	loadRoster *connect.Client[apipb.LoadRosterRequest, apipb.LoadRosterResponse]
+	drill      *connect.Client[apipb.DrillRequest, apipb.DrillResponse]
 }
 
 // Status calls conseal.v1.Admin.Status.
@@ -279,6 +291,15 @@ func (c *adminClient) LoadRoster(ctx context.Context, req *apipb.LoadRosterReque
 	return nil, err
 }
 
+// Drill calls conseal.v1.Admin.Drill.
+func (c *adminClient) Drill(ctx context.Context, req *apipb.DrillRequest) (*apipb.DrillResponse, error) {
+	response, err := c.drill.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // AdminHandler is an implementation of the conseal.v1.Admin service.
 type AdminHandler interface {
 	// Status says how this agent, its hardware, its peers and its keys are.
@@ -288,6 +309,9 @@ type AdminHandler interface {
 	Refresh(context.Context, *apipb.RefreshRequest) (*apipb.Key, error)
 	// LoadRoster reads the roster's file again and takes it up, if it is a newer one.
 	LoadRoster(context.Context, *apipb.LoadRosterRequest) (*apipb.LoadRosterResponse, error)
+	// Drill says what the loss of each host would do to each key of this host. It changes
+	// nothing.
+	Drill(context.Context, *apipb.DrillRequest) (*apipb.DrillResponse, error)
 }
 
 // NewAdminHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -315,6 +339,12 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(adminMethods.ByName("LoadRoster")),
 		connect.WithHandlerOptions(opts...),
 	)
+	adminDrillHandler := connect.NewUnaryHandlerSimple(
+		AdminDrillProcedure,
+		svc.Drill,
+		connect.WithSchema(adminMethods.ByName("Drill")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/conseal.v1.Admin/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case AdminStatusProcedure:
@@ -323,6 +353,8 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 			adminRefreshHandler.ServeHTTP(w, r)
 		case AdminLoadRosterProcedure:
 			adminLoadRosterHandler.ServeHTTP(w, r)
+		case AdminDrillProcedure:
+			adminDrillHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -342,6 +374,10 @@ func (UnimplementedAdminHandler) Refresh(context.Context, *apipb.RefreshRequest)
 
 func (UnimplementedAdminHandler) LoadRoster(context.Context, *apipb.LoadRosterRequest) (*apipb.LoadRosterResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("conseal.v1.Admin.LoadRoster is not implemented"))
+}
+
+func (UnimplementedAdminHandler) Drill(context.Context, *apipb.DrillRequest) (*apipb.DrillResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("conseal.v1.Admin.Drill is not implemented"))
 }
 
 // SealClient is a client for the conseal.v1.Seal service.
