@@ -133,8 +133,12 @@ func reshared(v *vault.Vault, record vault.Record) bool {
 func (a *Agent) exists(ctx context.Context, k *key, v *vault.Vault) (name, detail string) {
 	next := a.renew(ctx, k, v)
 	k.mu.Lock()
+	changed := k.next != next
 	k.next, k.settled = next, next == ""
 	k.mu.Unlock()
+	if changed {
+		a.log.Debug("next epoch", "key", k.id.Name, "is", next)
+	}
 	if k.active.Load() != nil {
 		return a.ready(k)
 	}
@@ -491,9 +495,13 @@ type said struct {
 func (a *Agent) see(k *key, v *vault.Vault, record vault.Record) {
 	view := a.ownView(k, record)
 	k.mu.Lock()
+	before, looked := k.views[a.self]
 	k.views[a.self] = view
 	have := k.statements[a.self]
 	k.mu.Unlock()
+	if looked && before.Entry != view.Entry {
+		defer a.announce(k) // others wait until all have the roster
+	}
 	if view.Voted == nil || have.about == *view.Voted {
 		return
 	}

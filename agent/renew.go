@@ -140,11 +140,15 @@ func (k *key) overdue() bool {
 // "" if nothing is wanted.
 func (a *Agent) renew(ctx context.Context, k *key, v *vault.Vault) string {
 	b := a.born(k, v)
-	a.want(k, b.Ahead())
+	ahead := b.Ahead()
+	a.want(k, ahead)
 	action := epoch.Renew(b)
 	var err error
 	switch action.Step {
 	case epoch.Settled:
+		if len(ahead) > 0 {
+			return fmt.Sprintf("%q say that the key is at a later epoch than %s; asking for its certificate", ahead, b.Base.Number)
+		}
 		return ""
 	case epoch.Wait:
 		if a.generating(k) {
