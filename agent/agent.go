@@ -72,6 +72,7 @@ type Agent struct {
 	// resealAgain: shares may not rest as the roster says.
 	resealAgain atomic.Bool
 
+	suspended  suspensions
 	complaints complaints
 
 	peersMu sync.Mutex
@@ -92,6 +93,7 @@ func New(o Options) (*Agent, error) {
 		callers:    newCallerLimits(o.Config.Limits.CallerRate),
 		complaints: complaints{limit: rate.NewLimiter(10, 50)},
 	}
+	a.suspended.keys = map[string]*suspension{}
 	if err := a.checkSelf(o.Roster); err != nil {
 		return nil, err
 	}
@@ -104,8 +106,14 @@ func New(o Options) (*Agent, error) {
 	if err := a.network(); err != nil {
 		return nil, err
 	}
-	a.ledger, err = openLedger(o.Config.State)
-	return a, err
+	if a.ledger, err = openLedger(o.Config.State); err != nil {
+		return nil, err
+	}
+	if err := a.readMarker(); err != nil {
+		a.ledger.Close()
+		return nil, err
+	}
+	return a, nil
 }
 
 // maxFrame is the same on all hosts, whatever message each of them takes: the
@@ -141,6 +149,7 @@ func (a *Agent) Run(ctx context.Context) error {
 			v.Close()
 		}
 		a.ledger.Close()
+		a.suspended.marker.close()
 	}()
 	a.openVault(ctx)
 	sockets, err := a.listen()
@@ -183,6 +192,7 @@ func (a *Agent) openVault(ctx context.Context) {
 		return
 	}
 	a.vaultError.Store(nil)
+	a.adoptSuspensions(v) // before any share is opened
 	a.vault.Store(v)
 	a.log.Info("vault open", "protector", a.protector.Name(), "keys", len(v.Keys()), "roots", v.Stats().Roots)
 }
@@ -341,14 +351,14 @@ func (a *Agent) opened(from protocol.HostID, open *peerpb.Open) error {
 		reason, text := reasonAborted, err.Error()
 		var party *partyError
 		switch {
+		case errors.As(err, &party) && party.reason != "":
+			reason, text = party.reason, party.text
 		case errors.Is(err, errLedger):
 			reason = reasonNoLedger
 		case errors.Is(err, errOver):
 			reason = reasonBehind
 		case errors.Is(err, errSealed):
 			reason = reasonSealed
-		case errors.As(err, &party) && party.reason != "":
-			reason, text = party.reason, party.text
 		}
 		_ = a.net.Send(from, endFrame(b.ID(), reason, text)) // it may be gone
 	})

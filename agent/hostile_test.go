@@ -41,6 +41,8 @@ type hardware struct {
 	keys map[string][]byte // by id and blob
 	// onOpen, if not nil, is asked before a key is opened, without mu.
 	onOpen func(id string) error
+	// away, if not nil, is what SetRoot says.
+	away error
 }
 
 type noRootYet struct{}
@@ -92,8 +94,10 @@ func (h *hardware) SetRoot(_ context.Context, next *secret.Bytes) error {
 	return next.Use(func(b []byte) error {
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		h.root = bytes.Clone(b)
-		return nil
+		if h.away == nil {
+			h.root = bytes.Clone(b)
+		}
+		return h.away
 	})
 }
 

@@ -27,16 +27,21 @@ type key struct {
 	// while another generation is agreed on.
 	birth sync.Mutex
 
+	telling sync.Mutex // held while others are told what this host has of it
+
 	presignAfter time.Time // when stock is made again after a failure; owned by keepStock
 
 	active atomic.Pointer[active] // nil until this host has certificate and share
+	here   *suspensions           // of this host
 
 	mu         sync.Mutex // guards what follows
 	views      map[protocol.HostID]epoch.View
-	statements map[protocol.HostID]said      // verified
-	failed     map[protocol.HostID]time.Time // when a host last failed in a signing session
-	cancel     context.CancelCauseFunc       // ends the generation under way
-	retry      retry                         // when the next generation may start
+	statements map[protocol.HostID]said                    // verified
+	failed     map[protocol.HostID]time.Time               // when a host last failed in a signing session
+	suspended  map[protocol.HostID]time.Time               // other hosts that sign nothing with the key, and since when
+	signing    map[context.Context]context.CancelCauseFunc // sessions that sign or presign
+	cancel     context.CancelCauseFunc                     // ends the generation under way
+	retry      retry                                       // when the next generation may start
 	condition  condition
 	stage      string                   // how far the generation under way is, for people
 	known      *known                   // the highest certificate that this host has; nil if none
@@ -96,6 +101,8 @@ func newKey(d *declared) (*key, error) {
 		statements: map[protocol.HostID]said{},
 		cheats:     map[protocol.HostID]bool{},
 		failed:     map[protocol.HostID]time.Time{},
+		suspended:  map[protocol.HostID]time.Time{},
+		signing:    map[context.Context]context.CancelCauseFunc{},
 		news:       make(chan struct{}),
 	}
 	k.declared.Store(d)
@@ -169,16 +176,19 @@ func (k *key) setCondition(name, detail string) (changed bool) {
 }
 
 // live lists the holders that could sign now: self if it has its share, and
-// those that say they have the same epoch's.
+// those that say they have the same epoch's; none that is suspended.
 func (k *key) live(self protocol.HostID) (live []protocol.HostID) {
 	act, holders := k.active.Load(), k.holders()
 	if act != nil {
 		holders = act.output.holders
 	}
+	_, suspended := k.here.of(k.id.Name)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, h := range holders {
+		_, there := k.suspended[h]
 		switch {
+		case there || h == self && suspended:
 		case h == self && act != nil, h != self && act != nil && k.views[h].Certificate == act.id,
 			h != self && act == nil && k.views[h].Heard:
 			live = append(live, h)
@@ -193,6 +203,7 @@ func (k *key) lost(host protocol.HostID) {
 	defer k.mu.Unlock()
 	delete(k.views, host)
 	delete(k.statements, host)
+	delete(k.suspended, host)
 }
 
 // describe fills in the API's form.

@@ -26,9 +26,11 @@ type entry struct {
 	Time     time.Time `json:"time"`
 	// Prev is SHA-256 of the line before, without its newline: a line that is
 	// taken out or changed breaks the chain.
-	Prev    string   `json:"prev"`
-	Event   string   `json:"event"` // "ask": a caller here asked; "sign": this host lends its share
-	Key     string   `json:"key"`
+	Prev string `json:"prev"`
+	// Event is "ask": a caller here asked; "sign": this host lends its share; "suspend":
+	// no line of the key that is one of these follows, until "resume".
+	Event   string   `json:"event"`
+	Key     string   `json:"key"` // "*" for all, with "suspend" and "resume"
 	Epoch   string   `json:"epoch,omitempty"`
 	Session string   `json:"session,omitempty"`
 	Asker   string   `json:"asker"` // the host that coordinates
@@ -38,6 +40,7 @@ type entry struct {
 	Size    int      `json:"size"`
 	// Presignature is the id of the one that is used up, if any.
 	Presignature string `json:"presignature,omitempty"`
+	Reason       string `json:"reason,omitempty"` // of a suspension
 }
 
 // errLedger is returned for entries that did not reach the disk.

@@ -150,15 +150,22 @@ func (s *stock) drop(host protocol.HostID) {
 	}
 }
 
-// close discards everything and takes nothing more in.
-func (s *stock) close() {
+// empty discards everything.
+func (s *stock) empty() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.closed = true
 	for id, p := range s.held {
 		delete(s.held, id)
 		p.discard()
 	}
+}
+
+// close discards everything and takes nothing more in.
+func (s *stock) close() {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.empty()
 }
 
 // calm knows whether this host has signed lately.
@@ -202,7 +209,7 @@ func (a *Agent) keepStock(ctx context.Context) {
 // fill makes one presignature of a key, if one is wanted.
 func (a *Agent) fill(ctx context.Context, k *key) {
 	act := k.active.Load()
-	if act == nil || k.entry().State != "active" || !k.asks(a.self) || time.Now().Before(k.presignAfter) {
+	if act == nil || a.halted(k) != nil || !k.asks(a.self) || time.Now().Before(k.presignAfter) {
 		return
 	}
 	for _, signers := range a.signerSets(k, act) {
@@ -265,6 +272,8 @@ func inBackground(f func()) {
 func (a *Agent) leadPresign(ctx context.Context, k *key, act *active, signers []protocol.HostID) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, a.config.Limits.KeygenDeadline, errors.New("the presigning took too long"))
 	defer cancel()
+	ctx, ended := k.begins(ctx)
+	defer ended()
 	var nonce [32]byte
 	rand.Read(nonce[:])
 	b := a.signBinding(opPresign, k, act, signers, [32]byte{}, nonce)
@@ -303,6 +312,8 @@ func (a *Agent) joinPresign(ctx context.Context, from protocol.HostID, k *key, b
 	defer a.presigning.Unlock()
 	ctx, cancel := context.WithTimeoutCause(ctx, a.config.Limits.KeygenDeadline, errors.New("the presigning took too long"))
 	defer cancel()
+	ctx, ended := k.begins(ctx)
+	defer ended()
 	inBackground(func() {
 		var early []event
 		if early, err = a.waitGo(ctx, k, from, box); err == nil {
@@ -319,14 +330,20 @@ func (a *Agent) runPresign(ctx context.Context, k *key, act *active, owner proto
 		return err
 	}
 	defer session.Close()
-	if err := drive(ctx, a.self, session, box, a.net.Send, early); err != nil {
+	if err := drive(ctx, a.self, session, box, a.gate(k), early); err != nil {
 		return err
 	}
 	made, err := session.result()
 	if err != nil {
 		return err
 	}
-	if err := act.stock.add(&presigned{presignature: made, id: box.id, owner: owner, signers: signers}); err != nil {
+	err = a.unlessHalted(k, func() error {
+		return act.stock.add(&presigned{presignature: made, id: box.id, owner: owner, signers: signers})
+	})
+	if a.haltsHere(err) {
+		made.discard()
+	}
+	if err != nil {
 		return fmt.Errorf("presignature of key %q: %w", k.id.Name, err)
 	}
 	return nil

@@ -27,6 +27,7 @@ func (a *Agent) reconcile(ctx context.Context) {
 	defer tick.Stop()
 	for {
 		a.openVault(ctx)
+		a.settleSuspensions(ctx)
 		a.reseal(ctx)
 		for _, k := range a.keys() {
 			if ctx.Err() != nil {
@@ -77,8 +78,12 @@ func (a *Agent) settle(ctx context.Context, k *key) {
 	a.say(k, name, detail)
 }
 
-// say enters the condition of a key, and logs it if it is another than before.
+// say enters the condition of a key, and logs it if it is another than before. That
+// the key is suspended here comes before all else.
 func (a *Agent) say(k *key, name, detail string) {
+	if s, ok := a.suspended.of(k.id.Name); ok && name != "deleted" {
+		name, detail = "suspended", s.describe(name, detail)
+	}
 	if k.setCondition(name, detail) {
 		a.log.Info("key", "key", k.id.Name, "condition", name, "detail", detail)
 	}

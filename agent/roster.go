@@ -94,9 +94,11 @@ func (a *Agent) read(roster *config.Roster) (*told, error) {
 		if err != nil {
 			return nil, err
 		}
-		if t.keys[entry.Name], err = newKey(d); err != nil {
+		k, err := newKey(d)
+		if err != nil {
 			return nil, err
 		}
+		k.here, t.keys[entry.Name] = &a.suspended, k
 	}
 	for _, name := range slices.Sorted(maps.Keys(t.keys)) {
 		t.sorted = append(t.sorted, t.keys[name])
@@ -212,7 +214,10 @@ func (a *Agent) settleIn(now, next *told) {
 		}
 		next.sorted[i] = old
 		changed := old.digest() != k.digest()
-		old.declared.Store(k.declared.Load())
+		a.suspended.whole(func() { old.declared.Store(k.declared.Load()) })
+		if old.entry().State != "active" {
+			a.stopSigning(old)
+		}
 		if changed {
 			old.callOff()
 			old.mu.Lock()

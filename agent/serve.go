@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -241,11 +240,11 @@ func (s signerAPI) Sign(ctx context.Context, r *apipb.SignRequest) (*apipb.SignR
 	if err != nil {
 		return nil, err
 	}
+	if err := a.refuseHalted(k); err != nil {
+		return nil, err
+	}
 	act := k.active.Load()
 	switch {
-	case k.entry().State != "active":
-		return nil, &apiError{connect.CodeFailedPrecondition, "KEY_" + strings.ToUpper(k.entry().State), fmt.Sprintf("key %q is %s by the roster", r.Key, k.entry().State),
-			"ask the security team"}
 	case len(r.Digest) > 0 && !(k.entry().Prehashed && k.scheme.traits().digest):
 		return nil, &apiError{connect.CodePermissionDenied, "NO_DIGESTS", fmt.Sprintf("key %q signs whole messages", r.Key),
 			"send the message; the security team may set `prehashed = true` for ECDSA keys in the roster"}

@@ -22,9 +22,9 @@ const (
 	reasonBusy      = "BUSY"      // over the host's limits
 	reasonAborted   = "ABORTED"   // a protocol message was wrong, or time ran out
 	reasonNoLedger  = "NO_LEDGER" // the host's audit log cannot be written
-	reasonSuspended = "SUSPENDED"
-	reasonBehind    = "BEHIND" // the host knows a later epoch of the key, and has sent its certificate
-	reasonSealed    = "SEALED" // the host's hardware does not open its share
+	reasonSuspended = "SUSPENDED" // by the host's roster, or on the host
+	reasonBehind    = "BEHIND"    // the host knows a later epoch of the key, and has sent its certificate
+	reasonSealed    = "SEALED"    // the host's hardware does not open its share
 	// the host does not have the presignature, so the next attempt goes without
 	reasonNoPresignature = "NO_PRESIGNATURE"
 )
@@ -231,7 +231,10 @@ func sendAll(messages []protocol.Message, send sender, owing map[protocol.HostID
 	for _, m := range messages {
 		owing[m.To] = true
 		step := &peerpb.Step{Session: m.Session[:], Round: uint32(m.Round), Body: m.Body}
-		if err := send(m.To, &peerpb.Frame{Body: &peerpb.Frame_Step{Step: step}}); err != nil {
+		var own *partyError
+		if err := send(m.To, &peerpb.Frame{Body: &peerpb.Frame_Step{Step: step}}); errors.As(err, &own) {
+			return own // it does not even let it out
+		} else if err != nil {
 			return &partyError{host: m.To, text: err.Error()}
 		}
 	}
@@ -242,7 +245,8 @@ func sendAll(messages []protocol.Message, send sender, owing map[protocol.HostID
 // for what was called off here.
 func silent(ctx context.Context, box *inbox, owing map[protocol.HostID]bool) error {
 	cause := context.Cause(ctx)
-	calledOff := errors.Is(cause, context.Canceled) || errors.Is(cause, errSuperseded)
+	var halted *partyError
+	calledOff := errors.Is(cause, context.Canceled) || errors.Is(cause, errSuperseded) || errors.As(cause, &halted)
 	for _, h := range box.parties {
 		if owing[h] && !calledOff {
 			return &partyError{host: h, text: "no answer in time"}

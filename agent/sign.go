@@ -81,6 +81,9 @@ func (a *Agent) sign(ctx context.Context, r *request) (*apipb.SignResponse, erro
 	var failures []error
 	excluded := map[protocol.HostID]bool{}
 	for {
+		if err := a.refuseHalted(r.k); err != nil {
+			return nil, err
+		}
 		news := r.k.newsNow()
 		if act := r.k.active.Load(); act != nil {
 			r.act = act
@@ -104,6 +107,9 @@ func (a *Agent) sign(ctx context.Context, r *request) (*apipb.SignResponse, erro
 		}
 		if lacksPresignature(err) && ctx.Err() == nil {
 			continue // there are fewer now
+		}
+		if a.haltsHere(err) && ctx.Err() == nil {
+			continue // which says so
 		}
 		if isBehind(err) && ctx.Err() == nil && (r.act != r.k.active.Load() || wait(changing, news)) {
 			continue // with the epoch that was taken up meanwhile
@@ -140,7 +146,8 @@ func (a *Agent) changing(k *key, excluded map[protocol.HostID]bool) bool {
 	defer k.mu.Unlock()
 	there := 0
 	for _, h := range act.output.holders {
-		if h == a.self || !excluded[h] && k.views[h].Active {
+		_, suspended := k.suspended[h]
+		if h == a.self || !suspended && !excluded[h] && k.views[h].Active {
 			there++
 		}
 	}
@@ -260,11 +267,16 @@ func (a *Agent) attempt(ctx context.Context, r *request, signers []protocol.Host
 		return id, signed{}, err
 	}
 	defer a.sessions.close(box)
-	logged := a.ledger.Append(entry{
+	ctx, ended := r.k.begins(ctx)
+	defer ended()
+	logged, err := a.enter(r.k, entry{
 		Event: "ask", Key: r.k.id.Name, Epoch: r.act.certificate.Subject.Number.String(), Session: id.String(),
 		Asker: string(a.self), Signers: names(signers), Caller: &r.caller, SHA256: hex.EncodeToString(r.digest[:]), Size: len(r.message),
 		Presignature: with.name(),
 	})
+	if err != nil {
+		return id, signed{}, err
+	}
 	open := &peerpb.Frame{Body: &peerpb.Frame_Open{Open: &peerpb.Open{Binding: wireBinding(&b), Message: r.message}}}
 	for _, h := range box.parties {
 		if err := a.net.Send(h, open); err != nil {
@@ -289,10 +301,14 @@ func (a *Agent) attempt(ctx context.Context, r *request, signers []protocol.Host
 		return id, signed{}, err
 	}
 	defer session.Close()
-	if err := drive(ctx, a.self, session, box, a.afterEntry(ctx, logged), nil); err != nil {
+	if err := drive(ctx, a.self, session, box, a.afterEntry(ctx, r.k, logged), nil); err != nil {
 		return id, signed{}, err
 	}
-	sig, err := session.result()
+	var sig signed
+	err = a.unlessHalted(r.k, func() (err error) {
+		sig, err = session.result()
+		return err
+	})
 	return id, sig, errors.Join(err, logged(ctx))
 }
 
@@ -343,14 +359,15 @@ func (a *Agent) waitGo(ctx context.Context, k *key, coordinator protocol.HostID,
 
 // afterEntry returns a sender that lets only commitments out (round 1) before
 // the entry in the audit log is on disk.
-func (a *Agent) afterEntry(ctx context.Context, logged func(context.Context) error) sender {
+func (a *Agent) afterEntry(ctx context.Context, k *key, logged func(context.Context) error) sender {
+	send := a.gate(k)
 	return func(to protocol.HostID, f *peerpb.Frame) error {
 		if step := f.GetStep(); step != nil && step.Round > 1 {
 			if err := logged(ctx); err != nil {
 				return err
 			}
 		}
-		return a.net.Send(to, f)
+		return send(to, f)
 	}
 }
 
@@ -381,11 +398,16 @@ func (a *Agent) joinSign(ctx context.Context, from protocol.HostID, k *key, b *p
 	defer a.calm.enter()()
 	ctx, cancel := context.WithTimeoutCause(ctx, a.attemptTime(k), errors.New("the asking host took too long"))
 	defer cancel()
-	logged := a.ledger.Append(entry{
+	ctx, ended := k.begins(ctx)
+	defer ended()
+	logged, err := a.enter(k, entry{
 		Event: "sign", Key: k.id.Name, Epoch: act.certificate.Subject.Number.String(), Session: box.id.String(),
 		Asker: string(from), Signers: names(b.Parties), SHA256: hex.EncodeToString(b.Request[:]), Size: len(message),
 		Presignature: with.name(),
 	})
+	if err != nil {
+		return err
+	}
 	share, done, err := act.borrow(ctx, with)
 	if err != nil {
 		return err
@@ -400,7 +422,7 @@ func (a *Agent) joinSign(ctx context.Context, from protocol.HostID, k *key, b *p
 	if err != nil {
 		return err
 	}
-	return drive(ctx, a.self, session, box, a.afterEntry(ctx, logged), early)
+	return drive(ctx, a.self, session, box, a.afterEntry(ctx, k, logged), early)
 }
 
 // maySign is where a host decides by itself whether its share is used.
@@ -429,12 +451,11 @@ func (a *Agent) refuse(reason, format string, args ...any) error {
 
 // mayTakePart checks what holds for presigning as for signing.
 func (a *Agent) mayTakePart(from protocol.HostID, k *key, act *active, b *protocol.Binding) error {
+	if err := a.halted(k); err != nil {
+		return err
+	}
 	refuse := a.refuse
 	switch {
-	case k.entry().State == "suspended":
-		return refuse(reasonSuspended, "the key is suspended by its roster")
-	case k.entry().State != "active":
-		return refuse(reasonRefused, "the key is %s by its roster", k.entry().State)
 	case act == nil:
 		return refuse(reasonNotReady, "it has no share of the key ready")
 	case act.number().Compare(vault.Number{Roster: b.Epoch[0], Attempt: b.Epoch[1]}) > 0:
@@ -488,7 +509,7 @@ func (a *Agent) noQuorum(k *key, failures []error) error {
 		text += "; attempts failed: " + joinErrors(failures)
 	}
 	return &apiError{connect.CodeUnavailable, "NO_QUORUM", text,
-		"start the agents that are missing or mend the network between them, and ask again; `conseal status` shows who is connected"}
+		"start the agents that are missing or mend the network between them, or `conseal resume` on hosts that are suspended, and ask again; `conseal status` shows who is connected"}
 }
 
 func (a *Agent) signFailed(ctx context.Context, k *key, failures []error) error {
@@ -531,7 +552,8 @@ func (a *Agent) missing(k *key, live []protocol.HostID) string {
 	if len(missing) == 0 {
 		return "none is missing"
 	}
-	return "missing " + a.whyMissing(missing) + a.epochs(k, missing)
+	suspended, rest := k.splitSuspended(missing)
+	return "missing " + strings.Join(slices.DeleteFunc([]string{suspended, a.whyMissing(rest)}, func(s string) bool { return s == "" }), ", ") + a.epochs(k, missing)
 }
 
 // epochs says which hosts are at another epoch than this one.

@@ -35,12 +35,17 @@ func (a *Agent) announceUnsettled() {
 // tell sends one host the status of one key. A host that is down hears it when
 // its connection comes up.
 func (a *Agent) tell(to protocol.HostID, k *key) {
+	k.telling.Lock() // the last that is said is true
+	defer k.telling.Unlock()
 	_ = a.net.Send(to, &peerpb.Frame{Body: &peerpb.Frame_Key{Key: a.keyStatus(k)}})
 }
 
 func (a *Agent) keyStatus(k *key) *peerpb.KeyStatus {
 	digest, act := k.digest(), k.active.Load()
 	s := &peerpb.KeyStatus{Key: k.id.Name, Incarnation: k.id.Incarnation, Entry: digest[:]}
+	if here, ok := a.suspended.of(k.id.Name); ok {
+		s.Suspended = uint64(here.since.Unix())
+	}
 	if act != nil {
 		s.Active, s.Certificate = number(act.certificate.Subject.Number), act.id[:]
 	}
@@ -79,6 +84,9 @@ func (a *Agent) hear(from protocol.HostID, s *peerpb.KeyStatus) error {
 	if view.Entry, err = digest(s.Entry); err != nil {
 		return err
 	}
+	if s.Suspended > maxSeconds {
+		return fmt.Errorf("key %q: a suspension since second %d", s.Key, s.Suspended)
+	}
 	if len(s.Staged) > vault.MaxStaged {
 		return fmt.Errorf("key %q: %d staged shares are over the limit", s.Key, len(s.Staged))
 	}
@@ -98,6 +106,7 @@ func (a *Agent) hear(from protocol.HostID, s *peerpb.KeyStatus) error {
 			return err
 		}
 	}
+	k.heardSuspended(from, s.Suspended)
 	a.heard(k, from, view, vote)
 	if k.behind(view.Number) || !k.concerns(from) {
 		a.offerKnown(k, from) // it is to hear of the epoch, and of who has it

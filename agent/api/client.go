@@ -111,6 +111,19 @@ func (c *Client) Drill(ctx context.Context) (*apipb.DrillResponse, error) {
 	return r, Explain(err)
 }
 
+// Suspend has this host sign nothing more with a key, or with any if all is set. It
+// is served on the admin socket, as Resume.
+func (c *Client) Suspend(ctx context.Context, key string, all bool, reason string) (*apipb.SuspensionResponse, error) {
+	r, err := c.admin.Suspend(ctx, &apipb.SuspendRequest{Key: key, All: all, Reason: reason})
+	return r, Explain(err)
+}
+
+// Resume lifts the suspension of a key on this host, or every one if all is set.
+func (c *Client) Resume(ctx context.Context, key string, all bool) (*apipb.SuspensionResponse, error) {
+	r, err := c.admin.Resume(ctx, &apipb.ResumeRequest{Key: key, All: all})
+	return r, Explain(err)
+}
+
 // Measure describes the host's measured state in a document for its security team. It
 // is served on the admin socket, as what follows.
 func (c *Client) Measure(ctx context.Context) ([]byte, error) {

@@ -25,7 +25,10 @@ type manifest struct {
 	sequence uint64 // rises with each write
 	roots    uint64 // taken so far
 	host     string
-	keys     map[KeyID]*record
+	// suspended is since when this host signs nothing with any key, also with those to
+	// come, Unix seconds; 0: it does.
+	suspended uint64
+	keys      map[KeyID]*record
 }
 
 type record struct {
@@ -88,7 +91,7 @@ func (r *record) share(n Number) *share {
 }
 
 func (r *record) export(id KeyID) Record {
-	out := Record{Key: id, Entry: r.entry, Active: r.active, Since: moment(r.since), Suspended: moment(r.suspended)}
+	out := Record{Key: id, Entry: r.entry, Active: r.active, Since: moment(r.since)}
 	if r.voted != nil {
 		vote := *r.voted
 		out.Voted = &vote
@@ -97,6 +100,39 @@ func (r *record) export(id KeyID) Record {
 		out.Staged = append(out.Staged, Staged{s.number, s.output})
 	}
 	return out
+}
+
+// suspensions is by name, as [Suspensions] is, in the manifest's form.
+func (m *manifest) suspensions() map[string]uint64 {
+	names := map[string]uint64{}
+	for id, r := range m.keys {
+		if since := names[id.Name]; r.suspended != 0 && (since == 0 || r.suspended < since) {
+			names[id.Name] = r.suspended
+		}
+	}
+	return names
+}
+
+// suspend enters since when a name is suspended, 0 if it is not, in all that the
+// manifest has of it.
+func (m *manifest) suspend(name string, since uint64) {
+	found := false
+	for _, id := range m.sorted() {
+		if id.Name == name {
+			m.edit(id).suspended, found = since, true
+		}
+	}
+	if !found && since != 0 {
+		m.edit(KeyID{Name: name, Incarnation: 1}).suspended = since
+	}
+}
+
+// seconds is a time as the manifest has it; 0 for the zero Time.
+func seconds(t time.Time) uint64 {
+	if t.IsZero() {
+		return 0
+	}
+	return uint64(t.Unix())
 }
 
 // moment is a time as the manifest has it; the zero Time for 0.
@@ -238,6 +274,9 @@ func (m *manifest) encode(version byte) []byte {
 	e.u64(m.sequence)
 	e.u64(m.roots)
 	e.text(m.host)
+	if version > 1 {
+		e.u64(m.suspended)
+	}
 	e.u32(len(m.keys))
 	for _, id := range m.sorted() {
 		r := m.keys[id]
@@ -274,6 +313,9 @@ func (m *manifest) encode(version byte) []byte {
 func decodeManifest(b []byte, version byte) (*manifest, error) {
 	d := decoder{b: b}
 	m := &manifest{sequence: d.u64(), roots: d.u64(), host: d.text(), keys: map[KeyID]*record{}}
+	if version > 1 {
+		m.suspended = d.u64()
+	}
 	for range d.u32() {
 		if d.failed {
 			break

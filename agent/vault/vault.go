@@ -102,8 +102,7 @@ type Record struct {
 	Staged []Staged // every share that it holds, the active one too
 	Active Number   // the highest epoch of which the host has a certificate; zero if none
 
-	Since     time.Time // when this host took that up, to the second
-	Suspended time.Time // since when this host signs nothing with the key; zero: it does
+	Since time.Time // when this host took that up, to the second
 }
 
 // Holds tells whether the host has the share of epoch n.
@@ -473,6 +472,55 @@ func (v *Vault) Retire(ctx context.Context, id KeyID, n Number, certificate []by
 	r.active, r.certificate, r.since, r.shares = n, digest, uint64(time.Now().Unix()), nil
 	if err := v.commit(ctx, next, true, erased); err != nil {
 		return fmt.Errorf("retiring from key %q at epoch %s: %w", id.Name, n, err)
+	}
+	return nil
+}
+
+// Suspensions is with which keys a host signs nothing, and since when, to the second.
+type Suspensions struct {
+	All  time.Time            // with every key, also those to come; zero: not so
+	Keys map[string]time.Time // by name: a name is suspended in every incarnation
+}
+
+// Suspensions returns what the manifest has.
+func (v *Vault) Suspensions() Suspensions {
+	m := v.now.Load()
+	out := Suspensions{All: moment(m.suspended), Keys: map[string]time.Time{}}
+	for name, since := range m.suspensions() {
+		out.Keys[name] = moment(since)
+	}
+	return out
+}
+
+// Suspend makes the manifest have these suspensions and no others. What changes takes
+// one new root, so that no older copy of the folder lifts a suspension.
+func (v *Vault) Suspend(ctx context.Context, s Suspensions) error {
+	v.writing.Lock()
+	defer v.writing.Unlock()
+	if err := v.settle(ctx); err != nil {
+		return err
+	}
+	next := v.now.Load().clone()
+	old := next.suspensions()
+	changed := next.suspended != seconds(s.All)
+	next.suspended = seconds(s.All)
+	for name, since := range s.Keys {
+		if old[name] != seconds(since) {
+			next.suspend(name, seconds(since))
+			changed = true
+		}
+	}
+	for name := range old {
+		if _, stays := s.Keys[name]; !stays {
+			next.suspend(name, 0)
+			changed = true
+		}
+	}
+	if !changed {
+		return nil
+	}
+	if err := v.commit(ctx, next, true, nil); err != nil {
+		return fmt.Errorf("entering which keys are suspended: %w", err)
 	}
 	return nil
 }

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -647,4 +648,56 @@ func flip(t testing.TB, path string, at int) {
 	}
 	b[at] ^= 1 << (at % 8)
 	must(t, os.WriteFile(path, b, 0o600))
+}
+
+// TestSuspend: what is suspended is in the manifest, under a root of its own, through all
+// that becomes of the key.
+func TestSuspend(t *testing.T) {
+	v := newVault(t)
+	v.born(payments, n11)
+	since := time.Unix(1_800_000_000, 0)
+	want := vault.Suspensions{All: since.Add(time.Hour), Keys: map[string]time.Time{"payments": since, "not-here": since}}
+	set := func(s vault.Suspensions, roots uint64) {
+		t.Helper()
+		before := v.Stats().Roots
+		must(t, v.Suspend(t.Context(), s))
+		if got := v.Stats().Roots - before; got != roots {
+			t.Errorf("it took %d roots, want %d", got, roots)
+		}
+	}
+	check := func(want vault.Suspensions) {
+		t.Helper()
+		for range 2 {
+			if diff := cmp.Diff(v.Suspensions(), want); diff != "" {
+				t.Errorf("got, want: %s", diff)
+			}
+			v.reopen()
+		}
+	}
+	older := t.TempDir()
+	must(t, os.CopyFS(older, os.DirFS(v.dir)))
+	set(want, 1)
+	set(want, 0)
+	check(want)
+	must(t, v.stage(payments, n12))
+	must(t, v.Activate(t.Context(), payments, n12, certificate(payments, n12)))
+	must(t, v.Drop(t.Context(), []vault.Drop{{Key: payments, Number: n11}}))
+	must(t, v.stage(key("payments", 2), n21)) // of a later incarnation
+	check(want)
+	must(t, v.Retire(t.Context(), payments, n13, certificate(payments, n13)))
+	check(want)
+
+	v.Close()
+	v.Vault = nil
+	now := v.dir
+	v.dir = older
+	v.wantOpenError(vault.ErrStale)
+	v.dir = now
+	v.reopen()
+	delete(want.Keys, "payments")
+	set(want, 1)
+	check(want)
+	set(vault.Suspensions{}, 1)
+	set(vault.Suspensions{}, 0)
+	check(vault.Suspensions{Keys: map[string]time.Time{}})
 }

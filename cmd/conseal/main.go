@@ -96,7 +96,7 @@ and people who sign use the sign socket; who may use which key is in the roster.
 		return usageError{fmt.Errorf("%w; see `%s --help`", err, c.CommandPath())}
 	})
 	root.PersistentFlags().BoolVar(&e.json, "json", false, "print JSON, for programs")
-	root.AddCommand(statusCommand(e), keysCommand(e), keyCommand(e), signCommand(e), verifyCommand(e), rosterCommand(e), recoveryCommand(e), sealCommand(e), exitCodesTopic())
+	root.AddCommand(statusCommand(e), keysCommand(e), keyCommand(e), signCommand(e), verifyCommand(e), rosterCommand(e), recoveryCommand(e), sealCommand(e), suspendCommand(e), resumeCommand(e), exitCodesTopic())
 	return root
 }
 

@@ -779,7 +779,7 @@ type Key struct {
 	// SHA-256 that names the certificate of the epoch.
 	Certificate []byte `protobuf:"bytes,12,opt,name=certificate,proto3" json:"certificate,omitempty"`
 	Incarnation uint64 `protobuf:"varint,13,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
-	// Hosts of the key that are connected, this one included.
+	// Hosts of the key that could sign now: connected, with their share, and not suspended.
 	Live []string `protobuf:"bytes,14,rep,name=live,proto3" json:"live,omitempty"`
 	// Only in StatusResponse: the signatures that this host has prepared.
 	Presignatures []*Presignatures `protobuf:"bytes,15,rep,name=presignatures,proto3" json:"presignatures,omitempty"`
@@ -1473,6 +1473,175 @@ func (x *DrilledHost) GetText() string {
 	return ""
 }
 
+type SuspendRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One of both.
+	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	All bool   `protobuf:"varint,2,opt,name=all,proto3" json:"all,omitempty"` // every key, also those that the roster adds later
+	// For people: at most 200 bytes, printable.
+	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SuspendRequest) Reset() {
+	*x = SuspendRequest{}
+	mi := &file_agent_api_conseal_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SuspendRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SuspendRequest) ProtoMessage() {}
+
+func (x *SuspendRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SuspendRequest.ProtoReflect.Descriptor instead.
+func (*SuspendRequest) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *SuspendRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *SuspendRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+func (x *SuspendRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type ResumeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One of both.
+	Key           string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	All           bool   `protobuf:"varint,2,opt,name=all,proto3" json:"all,omitempty"` // every suspension on this host, also those of single keys
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeRequest) Reset() {
+	*x = ResumeRequest{}
+	mi := &file_agent_api_conseal_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeRequest) ProtoMessage() {}
+
+func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
+func (*ResumeRequest) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *ResumeRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *ResumeRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+type SuspensionResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The keys that it is about, as they are now: "live" could sign.
+	Keys []*Key `protobuf:"bytes,1,rep,name=keys,proto3" json:"keys,omitempty"`
+	// What did not go well, for people, though it is done; empty if all did.
+	Warning       string `protobuf:"bytes,2,opt,name=warning,proto3" json:"warning,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SuspensionResponse) Reset() {
+	*x = SuspensionResponse{}
+	mi := &file_agent_api_conseal_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SuspensionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SuspensionResponse) ProtoMessage() {}
+
+func (x *SuspensionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SuspensionResponse.ProtoReflect.Descriptor instead.
+func (*SuspensionResponse) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *SuspensionResponse) GetKeys() []*Key {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+func (x *SuspensionResponse) GetWarning() string {
+	if x != nil {
+		return x.Warning
+	}
+	return ""
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1481,7 +1650,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_agent_api_conseal_proto_msgTypes[22]
+	mi := &file_agent_api_conseal_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1493,7 +1662,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[22]
+	mi := &file_agent_api_conseal_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1506,7 +1675,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{22}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{25}
 }
 
 type StatusResponse struct {
@@ -1537,7 +1706,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_agent_api_conseal_proto_msgTypes[23]
+	mi := &file_agent_api_conseal_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1549,7 +1718,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[23]
+	mi := &file_agent_api_conseal_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1562,7 +1731,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{23}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *StatusResponse) GetFleet() string {
@@ -1672,7 +1841,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_agent_api_conseal_proto_msgTypes[24]
+	mi := &file_agent_api_conseal_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1684,7 +1853,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[24]
+	mi := &file_agent_api_conseal_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1697,7 +1866,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{24}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Peer) GetName() string {
@@ -1756,7 +1925,7 @@ type ErrorInfo struct {
 
 func (x *ErrorInfo) Reset() {
 	*x = ErrorInfo{}
-	mi := &file_agent_api_conseal_proto_msgTypes[25]
+	mi := &file_agent_api_conseal_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1768,7 +1937,7 @@ func (x *ErrorInfo) String() string {
 func (*ErrorInfo) ProtoMessage() {}
 
 func (x *ErrorInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[25]
+	mi := &file_agent_api_conseal_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1781,7 +1950,7 @@ func (x *ErrorInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ErrorInfo.ProtoReflect.Descriptor instead.
 func (*ErrorInfo) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{25}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ErrorInfo) GetReason() string {
@@ -1907,7 +2076,17 @@ const file_agent_api_conseal_proto_rawDesc = "" +
 	"\x05share\x18\x03 \x01(\bR\x05share\x12\x14\n" +
 	"\x05state\x18\x04 \x01(\tR\x05state\x12\x12\n" +
 	"\x04loss\x18\x05 \x01(\tR\x04loss\x12\x12\n" +
-	"\x04text\x18\x06 \x01(\tR\x04text\"\x0f\n" +
+	"\x04text\x18\x06 \x01(\tR\x04text\"L\n" +
+	"\x0eSuspendRequest\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x10\n" +
+	"\x03all\x18\x02 \x01(\bR\x03all\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"3\n" +
+	"\rResumeRequest\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x10\n" +
+	"\x03all\x18\x02 \x01(\bR\x03all\"S\n" +
+	"\x12SuspensionResponse\x12#\n" +
+	"\x04keys\x18\x01 \x03(\v2\x0f.conseal.v1.KeyR\x04keys\x12\x18\n" +
+	"\awarning\x18\x02 \x01(\tR\awarning\"\x0f\n" +
 	"\rStatusRequest\"\x9f\x03\n" +
 	"\x0eStatusResponse\x12\x14\n" +
 	"\x05fleet\x18\x01 \x01(\tR\x05fleet\x12\x12\n" +
@@ -1938,13 +2117,15 @@ const file_agent_api_conseal_proto_rawDesc = "" +
 	"\x06Signer\x129\n" +
 	"\x04Sign\x12\x17.conseal.v1.SignRequest\x1a\x18.conseal.v1.SignResponse\x124\n" +
 	"\x06GetKey\x12\x19.conseal.v1.GetKeyRequest\x1a\x0f.conseal.v1.Key\x12E\n" +
-	"\bListKeys\x12\x1b.conseal.v1.ListKeysRequest\x1a\x1c.conseal.v1.ListKeysResponse2\x8b\x02\n" +
+	"\bListKeys\x12\x1b.conseal.v1.ListKeysRequest\x1a\x1c.conseal.v1.ListKeysResponse2\x97\x03\n" +
 	"\x05Admin\x12?\n" +
 	"\x06Status\x12\x19.conseal.v1.StatusRequest\x1a\x1a.conseal.v1.StatusResponse\x126\n" +
 	"\aRefresh\x12\x1a.conseal.v1.RefreshRequest\x1a\x0f.conseal.v1.Key\x12K\n" +
 	"\n" +
 	"LoadRoster\x12\x1d.conseal.v1.LoadRosterRequest\x1a\x1e.conseal.v1.LoadRosterResponse\x12<\n" +
-	"\x05Drill\x12\x18.conseal.v1.DrillRequest\x1a\x19.conseal.v1.DrillResponse2\xd5\x01\n" +
+	"\x05Drill\x12\x18.conseal.v1.DrillRequest\x1a\x19.conseal.v1.DrillResponse\x12E\n" +
+	"\aSuspend\x12\x1a.conseal.v1.SuspendRequest\x1a\x1e.conseal.v1.SuspensionResponse\x12C\n" +
+	"\x06Resume\x12\x19.conseal.v1.ResumeRequest\x1a\x1e.conseal.v1.SuspensionResponse2\xd5\x01\n" +
 	"\x04Seal\x12B\n" +
 	"\aMeasure\x12\x1a.conseal.v1.MeasureRequest\x1a\x1b.conseal.v1.MeasureResponse\x12E\n" +
 	"\bPolicies\x12\x1b.conseal.v1.PoliciesRequest\x1a\x1c.conseal.v1.PoliciesResponse\x12B\n" +
@@ -1962,7 +2143,7 @@ func file_agent_api_conseal_proto_rawDescGZIP() []byte {
 	return file_agent_api_conseal_proto_rawDescData
 }
 
-var file_agent_api_conseal_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_agent_api_conseal_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_agent_api_conseal_proto_goTypes = []any{
 	(*MeasureRequest)(nil),     // 0: conseal.v1.MeasureRequest
 	(*MeasureResponse)(nil),    // 1: conseal.v1.MeasureResponse
@@ -1986,10 +2167,13 @@ var file_agent_api_conseal_proto_goTypes = []any{
 	(*DrillResponse)(nil),      // 19: conseal.v1.DrillResponse
 	(*DrilledKey)(nil),         // 20: conseal.v1.DrilledKey
 	(*DrilledHost)(nil),        // 21: conseal.v1.DrilledHost
-	(*StatusRequest)(nil),      // 22: conseal.v1.StatusRequest
-	(*StatusResponse)(nil),     // 23: conseal.v1.StatusResponse
-	(*Peer)(nil),               // 24: conseal.v1.Peer
-	(*ErrorInfo)(nil),          // 25: conseal.v1.ErrorInfo
+	(*SuspendRequest)(nil),     // 22: conseal.v1.SuspendRequest
+	(*ResumeRequest)(nil),      // 23: conseal.v1.ResumeRequest
+	(*SuspensionResponse)(nil), // 24: conseal.v1.SuspensionResponse
+	(*StatusRequest)(nil),      // 25: conseal.v1.StatusRequest
+	(*StatusResponse)(nil),     // 26: conseal.v1.StatusResponse
+	(*Peer)(nil),               // 27: conseal.v1.Peer
+	(*ErrorInfo)(nil),          // 28: conseal.v1.ErrorInfo
 }
 var file_agent_api_conseal_proto_depIdxs = []int32{
 	4,  // 0: conseal.v1.PoliciesResponse.policies:type_name -> conseal.v1.Policy
@@ -1998,33 +2182,38 @@ var file_agent_api_conseal_proto_depIdxs = []int32{
 	14, // 3: conseal.v1.Key.presignatures:type_name -> conseal.v1.Presignatures
 	20, // 4: conseal.v1.DrillResponse.keys:type_name -> conseal.v1.DrilledKey
 	21, // 5: conseal.v1.DrilledKey.hosts:type_name -> conseal.v1.DrilledHost
-	24, // 6: conseal.v1.StatusResponse.peers:type_name -> conseal.v1.Peer
-	13, // 7: conseal.v1.StatusResponse.keys:type_name -> conseal.v1.Key
-	8,  // 8: conseal.v1.Signer.Sign:input_type -> conseal.v1.SignRequest
-	10, // 9: conseal.v1.Signer.GetKey:input_type -> conseal.v1.GetKeyRequest
-	11, // 10: conseal.v1.Signer.ListKeys:input_type -> conseal.v1.ListKeysRequest
-	22, // 11: conseal.v1.Admin.Status:input_type -> conseal.v1.StatusRequest
-	15, // 12: conseal.v1.Admin.Refresh:input_type -> conseal.v1.RefreshRequest
-	16, // 13: conseal.v1.Admin.LoadRoster:input_type -> conseal.v1.LoadRosterRequest
-	18, // 14: conseal.v1.Admin.Drill:input_type -> conseal.v1.DrillRequest
-	0,  // 15: conseal.v1.Seal.Measure:input_type -> conseal.v1.MeasureRequest
-	2,  // 16: conseal.v1.Seal.Policies:input_type -> conseal.v1.PoliciesRequest
-	6,  // 17: conseal.v1.Seal.Install:input_type -> conseal.v1.InstallRequest
-	9,  // 18: conseal.v1.Signer.Sign:output_type -> conseal.v1.SignResponse
-	13, // 19: conseal.v1.Signer.GetKey:output_type -> conseal.v1.Key
-	12, // 20: conseal.v1.Signer.ListKeys:output_type -> conseal.v1.ListKeysResponse
-	23, // 21: conseal.v1.Admin.Status:output_type -> conseal.v1.StatusResponse
-	13, // 22: conseal.v1.Admin.Refresh:output_type -> conseal.v1.Key
-	17, // 23: conseal.v1.Admin.LoadRoster:output_type -> conseal.v1.LoadRosterResponse
-	19, // 24: conseal.v1.Admin.Drill:output_type -> conseal.v1.DrillResponse
-	1,  // 25: conseal.v1.Seal.Measure:output_type -> conseal.v1.MeasureResponse
-	3,  // 26: conseal.v1.Seal.Policies:output_type -> conseal.v1.PoliciesResponse
-	7,  // 27: conseal.v1.Seal.Install:output_type -> conseal.v1.InstallResponse
-	18, // [18:28] is the sub-list for method output_type
-	8,  // [8:18] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	13, // 6: conseal.v1.SuspensionResponse.keys:type_name -> conseal.v1.Key
+	27, // 7: conseal.v1.StatusResponse.peers:type_name -> conseal.v1.Peer
+	13, // 8: conseal.v1.StatusResponse.keys:type_name -> conseal.v1.Key
+	8,  // 9: conseal.v1.Signer.Sign:input_type -> conseal.v1.SignRequest
+	10, // 10: conseal.v1.Signer.GetKey:input_type -> conseal.v1.GetKeyRequest
+	11, // 11: conseal.v1.Signer.ListKeys:input_type -> conseal.v1.ListKeysRequest
+	25, // 12: conseal.v1.Admin.Status:input_type -> conseal.v1.StatusRequest
+	15, // 13: conseal.v1.Admin.Refresh:input_type -> conseal.v1.RefreshRequest
+	16, // 14: conseal.v1.Admin.LoadRoster:input_type -> conseal.v1.LoadRosterRequest
+	18, // 15: conseal.v1.Admin.Drill:input_type -> conseal.v1.DrillRequest
+	22, // 16: conseal.v1.Admin.Suspend:input_type -> conseal.v1.SuspendRequest
+	23, // 17: conseal.v1.Admin.Resume:input_type -> conseal.v1.ResumeRequest
+	0,  // 18: conseal.v1.Seal.Measure:input_type -> conseal.v1.MeasureRequest
+	2,  // 19: conseal.v1.Seal.Policies:input_type -> conseal.v1.PoliciesRequest
+	6,  // 20: conseal.v1.Seal.Install:input_type -> conseal.v1.InstallRequest
+	9,  // 21: conseal.v1.Signer.Sign:output_type -> conseal.v1.SignResponse
+	13, // 22: conseal.v1.Signer.GetKey:output_type -> conseal.v1.Key
+	12, // 23: conseal.v1.Signer.ListKeys:output_type -> conseal.v1.ListKeysResponse
+	26, // 24: conseal.v1.Admin.Status:output_type -> conseal.v1.StatusResponse
+	13, // 25: conseal.v1.Admin.Refresh:output_type -> conseal.v1.Key
+	17, // 26: conseal.v1.Admin.LoadRoster:output_type -> conseal.v1.LoadRosterResponse
+	19, // 27: conseal.v1.Admin.Drill:output_type -> conseal.v1.DrillResponse
+	24, // 28: conseal.v1.Admin.Suspend:output_type -> conseal.v1.SuspensionResponse
+	24, // 29: conseal.v1.Admin.Resume:output_type -> conseal.v1.SuspensionResponse
+	1,  // 30: conseal.v1.Seal.Measure:output_type -> conseal.v1.MeasureResponse
+	3,  // 31: conseal.v1.Seal.Policies:output_type -> conseal.v1.PoliciesResponse
+	7,  // 32: conseal.v1.Seal.Install:output_type -> conseal.v1.InstallResponse
+	21, // [21:33] is the sub-list for method output_type
+	9,  // [9:21] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_agent_api_conseal_proto_init() }
@@ -2038,7 +2227,7 @@ func file_agent_api_conseal_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_api_conseal_proto_rawDesc), len(file_agent_api_conseal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   26,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

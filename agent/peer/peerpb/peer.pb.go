@@ -800,6 +800,7 @@ type KeyStatus struct {
 	Statement     []byte                 `protobuf:"bytes,7,opt,name=statement,proto3" json:"statement,omitempty"` // the sender's signature over its vote
 	Active        *Number                `protobuf:"bytes,8,opt,name=active,proto3" json:"active,omitempty"`
 	Certificate   []byte                 `protobuf:"bytes,9,opt,name=certificate,proto3" json:"certificate,omitempty"` // id of the active certificate
+	Suspended     uint64                 `protobuf:"varint,10,opt,name=suspended,proto3" json:"suspended,omitempty"`   // since when the sender signs nothing with the key, Unix seconds; 0: it signs
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -895,6 +896,13 @@ func (x *KeyStatus) GetCertificate() []byte {
 		return x.Certificate
 	}
 	return nil
+}
+
+func (x *KeyStatus) GetSuspended() uint64 {
+	if x != nil {
+		return x.Suspended
+	}
+	return 0
 }
 
 type CertificateRequest struct {
@@ -1048,7 +1056,7 @@ const file_agent_peer_peer_proto_rawDesc = "" +
 	"\tcomplaint\x18\x04 \x01(\fR\tcomplaint\"Q\n" +
 	"\x06Staged\x12/\n" +
 	"\x06number\x18\x01 \x01(\v2\x17.conseal.peer.v1.NumberR\x06number\x12\x16\n" +
-	"\x06output\x18\x02 \x01(\fR\x06output\"\xc0\x02\n" +
+	"\x06output\x18\x02 \x01(\fR\x06output\"\xde\x02\n" +
 	"\tKeyStatus\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x14\n" +
@@ -1058,7 +1066,9 @@ const file_agent_peer_peer_proto_rawDesc = "" +
 	"\x05voted\x18\x06 \x01(\v2\x17.conseal.peer.v1.StagedR\x05voted\x12\x1c\n" +
 	"\tstatement\x18\a \x01(\fR\tstatement\x12/\n" +
 	"\x06active\x18\b \x01(\v2\x17.conseal.peer.v1.NumberR\x06active\x12 \n" +
-	"\vcertificate\x18\t \x01(\fR\vcertificate\"H\n" +
+	"\vcertificate\x18\t \x01(\fR\vcertificate\x12\x1c\n" +
+	"\tsuspended\x18\n" +
+	" \x01(\x04R\tsuspended\"H\n" +
 	"\x12CertificateRequest\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\"4\n" +

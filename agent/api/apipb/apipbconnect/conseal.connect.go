@@ -54,6 +54,10 @@ const (
 	AdminLoadRosterProcedure = "/conseal.v1.Admin/LoadRoster"
 	// AdminDrillProcedure is the fully-qualified name of the Admin's Drill RPC.
 	AdminDrillProcedure = "/conseal.v1.Admin/Drill"
+	// AdminSuspendProcedure is the fully-qualified name of the Admin's Suspend RPC.
+	AdminSuspendProcedure = "/conseal.v1.Admin/Suspend"
+	// AdminResumeProcedure is the fully-qualified name of the Admin's Resume RPC.
+	AdminResumeProcedure = "/conseal.v1.Admin/Resume"
 	// SealMeasureProcedure is the fully-qualified name of the Seal's Measure RPC.
 	SealMeasureProcedure = "/conseal.v1.Seal/Measure"
 	// SealPoliciesProcedure is the fully-qualified name of the Seal's Policies RPC.
@@ -216,6 +220,10 @@ type AdminClient interface {
 	// Drill says what the loss of each host would do to each key of this host. It changes
 	// nothing.
 	Drill(context.Context, *apipb.DrillRequest) (*apipb.DrillResponse, error)
+	// Suspend has this host sign nothing more with a key, or with any.
+	Suspend(context.Context, *apipb.SuspendRequest) (*apipb.SuspensionResponse, error)
+	// Resume lifts what Suspend did. It needs the host's hardware.
+	Resume(context.Context, *apipb.ResumeRequest) (*apipb.SuspensionResponse, error)
 }
 
 // NewAdminClient constructs a client for the conseal.v1.Admin service. By default, it uses the
@@ -253,6 +261,18 @@ func NewAdminClient(httpClient connect.HTTPClient, baseURL string, opts ...conne
 			connect.WithSchema(adminMethods.ByName("Drill")),
 			connect.WithClientOptions(opts...),
 		),
+		suspend: connect.NewClient[apipb.SuspendRequest, apipb.SuspensionResponse](
+			httpClient,
+			baseURL+AdminSuspendProcedure,
+			connect.WithSchema(adminMethods.ByName("Suspend")),
+			connect.WithClientOptions(opts...),
+		),
+		resume: connect.NewClient[apipb.ResumeRequest, apipb.SuspensionResponse](
+			httpClient,
+			baseURL+AdminResumeProcedure,
+			connect.WithSchema(adminMethods.ByName("Resume")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -262,6 +282,8 @@ type adminClient struct {
 	refresh    *connect.Client[apipb.RefreshRequest, apipb.Key]
 	loadRoster *connect.Client[apipb.LoadRosterRequest, apipb.LoadRosterResponse]
 	drill      *connect.Client[apipb.DrillRequest, apipb.DrillResponse]
+	suspend    *connect.Client[apipb.SuspendRequest, apipb.SuspensionResponse]
+	resume     *connect.Client[apipb.ResumeRequest, apipb.SuspensionResponse]
 }
 
 // Status calls conseal.v1.Admin.Status.
@@ -300,6 +322,24 @@ func (c *adminClient) Drill(ctx context.Context, req *apipb.DrillRequest) (*apip
 	return nil, err
 }
 
+// Suspend calls conseal.v1.Admin.Suspend.
+func (c *adminClient) Suspend(ctx context.Context, req *apipb.SuspendRequest) (*apipb.SuspensionResponse, error) {
+	response, err := c.suspend.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// Resume calls conseal.v1.Admin.Resume.
+func (c *adminClient) Resume(ctx context.Context, req *apipb.ResumeRequest) (*apipb.SuspensionResponse, error) {
+	response, err := c.resume.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // AdminHandler is an implementation of the conseal.v1.Admin service.
 type AdminHandler interface {
 	// Status says how this agent, its hardware, its peers and its keys are.
@@ -312,6 +352,10 @@ type AdminHandler interface {
 	// Drill says what the loss of each host would do to each key of this host. It changes
 	// nothing.
 	Drill(context.Context, *apipb.DrillRequest) (*apipb.DrillResponse, error)
+	// Suspend has this host sign nothing more with a key, or with any.
+	Suspend(context.Context, *apipb.SuspendRequest) (*apipb.SuspensionResponse, error)
+	// Resume lifts what Suspend did. It needs the host's hardware.
+	Resume(context.Context, *apipb.ResumeRequest) (*apipb.SuspensionResponse, error)
 }
 
 // NewAdminHandler builds an HTTP handler from the service implementation. It returns the path on
@@ -345,6 +389,18 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 		connect.WithSchema(adminMethods.ByName("Drill")),
 		connect.WithHandlerOptions(opts...),
 	)
+	adminSuspendHandler := connect.NewUnaryHandlerSimple(
+		AdminSuspendProcedure,
+		svc.Suspend,
+		connect.WithSchema(adminMethods.ByName("Suspend")),
+		connect.WithHandlerOptions(opts...),
+	)
+	adminResumeHandler := connect.NewUnaryHandlerSimple(
+		AdminResumeProcedure,
+		svc.Resume,
+		connect.WithSchema(adminMethods.ByName("Resume")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/conseal.v1.Admin/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case AdminStatusProcedure:
@@ -355,6 +411,10 @@ func NewAdminHandler(svc AdminHandler, opts ...connect.HandlerOption) (string, h
 			adminLoadRosterHandler.ServeHTTP(w, r)
 		case AdminDrillProcedure:
 			adminDrillHandler.ServeHTTP(w, r)
+		case AdminSuspendProcedure:
+			adminSuspendHandler.ServeHTTP(w, r)
+		case AdminResumeProcedure:
+			adminResumeHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -378,6 +438,14 @@ func (UnimplementedAdminHandler) LoadRoster(context.Context, *apipb.LoadRosterRe
 
 func (UnimplementedAdminHandler) Drill(context.Context, *apipb.DrillRequest) (*apipb.DrillResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("conseal.v1.Admin.Drill is not implemented"))
+}
+
+func (UnimplementedAdminHandler) Suspend(context.Context, *apipb.SuspendRequest) (*apipb.SuspensionResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("conseal.v1.Admin.Suspend is not implemented"))
+}
+
+func (UnimplementedAdminHandler) Resume(context.Context, *apipb.ResumeRequest) (*apipb.SuspensionResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("conseal.v1.Admin.Resume is not implemented"))
 }
 
 // SealClient is a client for the conseal.v1.Seal service.
