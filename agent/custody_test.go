@@ -366,16 +366,9 @@ func TestSlowHardwareStopsNoOtherKey(t *testing.T) {
 	ok(t, <-signed)
 }
 
-// TestNoPresignaturesUnlessHeld: a presignature signs without the share, so neither a
-// host that opens it for a time makes one nor takes part when another does.
-func TestNoPresignaturesUnlessHeld(t *testing.T) {
-	l := newLabOf(t, "ecdsa-p256")
-	for _, h := range l.hosts {
-		h.config.Limits.Presignatures = 0               // alpha is told below when to make one
-		h.config.Limits.SignDeadline = 10 * time.Minute // it only ends what hangs
-	}
-	l.start("gamma", "beta", "alpha")
-	l.untilActive("alpha", "beta", "gamma")
+// noPresignaturesUnlessHeld: a presignature signs without the share, so neither a host
+// that opens it for a time makes one nor takes part when another does.
+func noPresignaturesUnlessHeld(t *testing.T, l *lab) {
 	signers := []protocol.HostID{"alpha", "beta"}
 	lead := func() (err error) {
 		alpha, k := l.hosts["alpha"].agent, l.key("alpha")
@@ -388,11 +381,15 @@ func TestNoPresignaturesUnlessHeld(t *testing.T) {
 		return err
 	}
 	ok(t, lead()) // the control: it is held
-	for _, open := range []config.Opening{"each", "1h"} {
+	restart := func(open config.Opening) {
 		ok(t, l.hosts["beta"].stop())
 		l.setOpen(open)
 		l.start("beta")
 		l.untilActive("beta")
+	}
+	held := l.roster.Keys[0].Open
+	for _, open := range []config.Opening{"each", "1h"} {
+		restart(open)
 		if own, keep := l.key("beta").active.Load().share.held, l.key("beta").entry().Open; own != nil {
 			t.Errorf("beta holds a share of which the roster says %q", keep)
 		}
@@ -405,8 +402,10 @@ func TestNoPresignaturesUnlessHeld(t *testing.T) {
 		if sets := beta.signerSets(l.key("beta"), l.key("beta").active.Load()); len(sets) > 0 {
 			t.Errorf("beta keeps stock with %q", sets)
 		}
+		beta.config.Limits.Presignatures = 0
 	}
 	signed, err := l.sign("alpha", []byte("m"))
 	ok(t, err)
 	t.Logf("%q signed", signed)
+	restart(held)
 }

@@ -49,15 +49,22 @@ func (r *rogue) use(witness, message string, id protocol.SessionID, signers ...p
 	return b
 }
 
-// A host that lies about presignatures gets one signature share for each that it owns
-// and none for those of others, and is named when its own share is wrong.
-func TestLyingPresigner(t *testing.T) {
+// TestPresigners has one key for all that is tried on it: it takes half a minute to make.
+func TestPresigners(t *testing.T) {
 	l := newLabOf(t, "ecdsa-p256")
 	for _, h := range l.hosts {
-		h.config.Limits.Presignatures = 0 // alpha is told below when to make one
+		h.config.Limits.Presignatures = 0       // alpha is told below when to make one
+		h.config.Limits.SignDeadline = patience // for slow machines
 	}
 	l.start("gamma", "beta", "alpha")
 	l.untilActive("alpha", "beta", "gamma")
+	t.Run("none unless held", func(t *testing.T) { noPresignaturesUnlessHeld(t, l) })
+	t.Run("one that lies", func(t *testing.T) { lyingPresigner(t, l) })
+}
+
+// A host that lies about presignatures gets one signature share for each that it owns
+// and none for those of others, and is named when its own share is wrong.
+func lyingPresigner(t *testing.T, l *lab) {
 	r := l.betray("gamma")
 	share := r.share()
 	defer share.close()

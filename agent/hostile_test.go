@@ -158,6 +158,7 @@ func newLabOf(t testing.TB, scheme string, users ...string) *lab {
 		ok(t, err)
 		c := config.Default()
 		c.Name, c.State, c.InsecureLab = name, filepath.Join(dir, name), true
+		c.Limits.KeygenDeadline = patience // for slow machines
 		c.Listen.Address = fmt.Sprintf("%s.%d:7443", network, i+1)
 		c.Listen.SignSocket, c.Listen.AdminSocket = filepath.Join(dir, name, "s"), filepath.Join(dir, name, "a")
 		h := &labHost{name: name, identity: key, config: c, log: &logText{}, protector: &hardware{keys: map[string][]byte{}}}
@@ -223,17 +224,20 @@ func (l *lab) untilActive(names ...string) {
 	}
 }
 
+// patience only ends what hangs.
+const patience = 10 * time.Minute
+
 // until waits for something that comes by itself.
 func (l *lab) until(what string, there func() bool) {
 	l.t.Helper()
-	patience := time.NewTimer(3 * time.Minute) // it only ends what hangs
-	defer patience.Stop()
+	end := time.NewTimer(patience)
+	defer end.Stop()
 	look := time.NewTicker(5 * time.Millisecond)
 	defer look.Stop()
 	for !there() {
 		select {
 		case <-look.C:
-		case <-patience.C:
+		case <-end.C:
 			l.t.Fatalf("in vain: %s", what)
 		}
 	}

@@ -33,7 +33,8 @@ const maxSocketPath = 107
 
 // StartTPM starts the TPM whose state is in dir, and manufactures it there first
 // if there is none. Each TPM has a folder of its own; those whose folders are
-// neighbours have their certificates from one authority, in dir/../tpm-ca.
+// neighbours have their certificates from one authority, in dir/../tpm-ca, and all
+// that a process makes one after the other have them from the same.
 //
 // A socket's path is short (107 bytes), so make dir with os.MkdirTemp("/tmp", ...)
 // and not with testing.T.TempDir. ctx bounds the start, not the TPM's life: end it
@@ -162,7 +163,58 @@ func (t *TPM) manufacture(ctx context.Context) error {
 	if err := p.Wait(); err != nil {
 		return fmt.Errorf("%w%s", err, said)
 	}
+	if err := t.keepAuthority(); err != nil {
+		return err
+	}
 	return os.Rename(making, t.state())
+}
+
+func (t *TPM) authority() string { return filepath.Join(filepath.Dir(t.dir), "tpm-ca") }
+
+// kept are the files of the first certificate authority of this process: its two keys
+// take longer to make than the rest of a TPM.
+var (
+	keptMu sync.Mutex
+	kept   map[string][]byte
+)
+
+func (t *TPM) keepAuthority() error {
+	keptMu.Lock()
+	defer keptMu.Unlock()
+	if kept != nil {
+		return nil
+	}
+	files, err := filepath.Glob(filepath.Join(t.authority(), "*"))
+	if err != nil {
+		return err
+	}
+	all := map[string][]byte{}
+	for _, file := range files {
+		if all[filepath.Base(file)], err = os.ReadFile(file); err != nil {
+			return err
+		}
+	}
+	kept = all
+	return nil
+}
+
+// makeAuthority makes the folder of the certificate authority, empty only if it is the
+// first.
+func (t *TPM) makeAuthority() error {
+	keptMu.Lock()
+	defer keptMu.Unlock()
+	if _, err := os.Stat(t.authority()); err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := os.Mkdir(t.authority(), 0o700); err != nil {
+		return err
+	}
+	for name, b := range kept {
+		if err := os.WriteFile(filepath.Join(t.authority(), name), b, 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // writeSetup writes the configuration of swtpm_setup and of its certificate
@@ -172,10 +224,10 @@ func (t *TPM) writeSetup() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	ca := filepath.Join(filepath.Dir(t.dir), "tpm-ca")
-	if err := os.MkdirAll(ca, 0o700); err != nil {
+	if err := t.makeAuthority(); err != nil {
 		return "", err
 	}
+	ca := t.authority()
 	path := func(name string) string { return filepath.Join(t.dir, name) }
 	files := map[string]string{
 		"localca.conf": "statedir = " + ca + "\nsigningkey = " + ca + "/signkey.pem\nissuercert = " + ca +

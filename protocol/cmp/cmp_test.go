@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"flag"
 	"fmt"
 	"maps"
 	"math/big"
@@ -25,6 +26,8 @@ import (
 	"conseal/protocol/cmp"
 	"conseal/protocol/protocoltest"
 )
+
+var soak = flag.Bool("soak", false, "more random changes")
 
 type shares map[protocol.HostID]*cmp.Share
 

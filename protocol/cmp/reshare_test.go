@@ -197,8 +197,8 @@ func TestAuxiliaryValuesAreJudged(t *testing.T) {
 // another dealing, under one session id, which no two sessions should have.
 func TestRefreshIsBoundToTheDealing(t *testing.T) {
 	key, hosts, id := twoKeys(), protocoltest.Hosts(2), protocoltest.SessionID()
-	var old []byte
-	for range 2 {
+	// run has one host alone get to the refresh: each computes for seconds there.
+	run := func(ends protocol.HostID, alter func(m protocol.Message) []protocol.Message) map[protocol.HostID]error {
 		net := resharing{Sessions: map[protocol.HostID]*cmp.Reshare{}}
 		for _, h := range hosts {
 			s, err := cmp.NewReshare(reshareConfig(key, id, h, hosts, hosts, 2))
@@ -207,23 +207,34 @@ func TestRefreshIsBoundToTheDealing(t *testing.T) {
 			}
 			net.Sessions[h] = s
 		}
-		replayed := false
 		net.Alter = func(m protocol.Message) []protocol.Message {
-			if m.From != "b" || m.Round != 4 {
-				return []protocol.Message{m}
-			}
-			if old == nil {
-				old = bytes.Clone(m.Body)
+			if m.Round == 3 && m.To != ends {
 				return nil
 			}
-			replayed = true
-			m.Body = old
-			return []protocol.Message{m}
+			return alter(m)
 		}
-		failed, waiting := net.Run(t)
-		if replayed && (!blamed(failed["a"], "b") || !strings.Contains(failed["a"].Error(), "another session of the module")) {
-			t.Errorf("replayed: %v, waiting %v", failed, waiting)
+		failed, _ := net.Run(t)
+		return failed
+	}
+	var first protocol.Message
+	failed := run("b", func(m protocol.Message) []protocol.Message {
+		if m.Round == 4 {
+			first = m
+			first.Body = bytes.Clone(m.Body)
 		}
+		return []protocol.Message{m}
+	})
+	if first.Body == nil || len(failed) > 0 {
+		t.Fatalf("b sent nothing of its refresh: %v", failed)
+	}
+	failed = run("a", func(m protocol.Message) []protocol.Message {
+		if m.Round == 3 {
+			return []protocol.Message{m, first}
+		}
+		return []protocol.Message{m}
+	})
+	if !blamed(failed["a"], "b") || !strings.Contains(failed["a"].Error(), "another session of the module") {
+		t.Errorf("replayed: %v", failed)
 	}
 }
 
@@ -258,14 +269,14 @@ func late(t testing.TB, net resharing, isLate func(m protocol.Message) bool) {
 	}
 }
 
-// TestRefresh gives the holders new shares, to one of them later than the others begin
-// with the module's refresh; an old share does not go with new ones.
+// TestRefresh gives the holders, or two of three, new shares, to one of them later than
+// the others begin with the module's refresh; an old share does not go with new ones.
 func TestRefresh(t *testing.T) {
-	for name, key := range map[string]shares{"P-256": twoKeys(), "secp256k1": secp256k1Keys()} {
+	holders := protocoltest.Hosts(2)
+	for name, key := range map[string]shares{"P-256": twoKeys(), "secp256k1, of three": secp256k1Keys()} {
 		t.Run(name, func(t *testing.T) {
-			net := refreshing(t, key)
+			net := reshareSessions(t, key, key.quorum(), holders, 2)
 			late(t, net, func(m protocol.Message) bool { return m.To == "a" && m.From == "b" && m.Round == 3 })
-			holders := key.group().Holders
 			for _, s := range key { // as if the refresh had made another key
 				s.Group.PublicKey[5] ^= 1
 			}
@@ -285,12 +296,11 @@ func TestRefresh(t *testing.T) {
 				}
 			}
 			newAuxiliary(t, key["a"], fresh["a"])
-			fresh.mustSign(t, fresh.quorum())
-			mixed := shares{"a": key["a"]}
-			for _, h := range holders[1:] {
-				mixed[h] = fresh[h]
+			fresh.mustSign(t, holders)
+			if key.group().Quorum > len(holders) {
+				return
 			}
-			old := mixed.sign(t, holders, [32]byte{1})
+			old := shares{"a": key["a"], "b": fresh["b"]}.sign(t, holders, [32]byte{1})
 			failed, waiting := old.Run(t)
 			if len(failed) == 0 || len(failed)+len(waiting) != len(holders) {
 				t.Errorf("shares of two epochs: failed %v, waiting %v", failed, waiting)
@@ -310,6 +320,9 @@ func TestLyingDealer(t *testing.T) {
 		net.Alter = func(m protocol.Message) []protocol.Message {
 			if m.From == "b" && m.Round == change.round {
 				m.Body[change.at] ^= 1
+			}
+			if m.From == "a" && m.Round == 3 {
+				return nil // b would compute for seconds
 			}
 			return []protocol.Message{m}
 		}
