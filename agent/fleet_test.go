@@ -137,9 +137,9 @@ func failpoints(t *testing.T, others ...string) (names []string) {
 	if len(names) < 12 {
 		t.Fatalf("found only %q", names)
 	}
-	// Creating a vault, sealing shares anew, and signing, are no part of a new epoch.
+	// Creating a vault, sealing shares anew, deleting and signing are no part of a new epoch.
 	return slices.DeleteFunc(names, func(n string) bool {
-		return strings.HasPrefix(n, "vault/class") || strings.HasPrefix(n, "vault/mark") || strings.HasPrefix(n, "vault/reseal") || strings.HasPrefix(n, "sign/") ||
+		return strings.HasPrefix(n, "vault/class") || strings.HasPrefix(n, "vault/mark") || strings.HasPrefix(n, "vault/reseal") || strings.HasPrefix(n, "vault/receipt") || strings.HasPrefix(n, "sign/") ||
 			slices.Contains(others, n)
 	})
 }

@@ -31,6 +31,9 @@ type key struct {
 
 	presignAfter time.Time // when stock is made again after a failure; owned by keepStock
 
+	receiptsRead bool  // whether receipts has those of the vault; owned by reconcile
+	receiptRetry retry // when this host's receipt is tried again; owned by reconcile
+
 	active atomic.Pointer[active] // nil until this host has certificate and share
 	here   *suspensions           // of this host
 
@@ -43,16 +46,18 @@ type key struct {
 	cancel     context.CancelCauseFunc                     // ends the generation under way
 	retry      retry                                       // when the next generation may start
 	condition  condition
-	stage      string                   // how far the generation under way is, for people
-	known      *known                   // the highest certificate that this host has; nil if none
-	wanted     time.Time                // when certificates were asked for last
-	since      time.Time                // when that epoch was taken up here
-	next       string                   // how it stands with the next epoch, for people; "" if none is wanted
-	settled    bool                     // next is ""
-	cheats     map[protocol.HostID]bool // dealers that are proven to have cheated
-	asked      [32]byte                 // certificate of an epoch that a person wants to end
-	idle       time.Time                // since when nothing happened to the next epoch, for who is to lead after whom
-	news       chan struct{}            // closed, and made anew, when an epoch is taken up or a host says that it did
+	stage      string                       // how far the generation under way is, for people
+	known      *known                       // the highest certificate that this host has; nil if none
+	wanted     time.Time                    // when certificates were asked for last
+	since      time.Time                    // when that epoch was taken up here
+	next       string                       // how it stands with the next epoch, for people; "" if none is wanted
+	settled    bool                         // next is ""
+	cheats     map[protocol.HostID]bool     // dealers that are proven to have cheated
+	asked      [32]byte                     // certificate of an epoch that a person wants to end
+	idle       time.Time                    // since when nothing happened to the next epoch, for who is to lead after whom
+	receipts   map[protocol.HostID]*receipt // of the key's deletion; not empty if a host erased it
+	shown      map[protocol.HostID]bool     // hosts that have shown that they have this host's receipt
+	news       chan struct{}                // closed, and made anew, when an epoch is taken up or a host says that it did
 }
 
 // active is the epoch that a key signs with here.
@@ -103,6 +108,8 @@ func newKey(d *declared) (*key, error) {
 		failed:     map[protocol.HostID]time.Time{},
 		suspended:  map[protocol.HostID]time.Time{},
 		signing:    map[context.Context]context.CancelCauseFunc{},
+		receipts:   map[protocol.HostID]*receipt{},
+		shown:      map[protocol.HostID]bool{},
 		news:       make(chan struct{}),
 	}
 	k.declared.Store(d)
@@ -219,6 +226,7 @@ func (k *key) describe(self protocol.HostID) *apipb.Key {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	k.describeReceipts(out)
 	out.Condition, out.Detail, out.Next = k.condition.name, k.condition.detail, k.next
 	if out.EpochRoster > 0 && !k.since.IsZero() {
 		out.Since = k.since.UTC().Format(time.RFC3339)

@@ -189,6 +189,12 @@ func (a *Agent) mayGenerate(ctx context.Context, k *key, n vault.Number) (*vault
 	case k.entry().State != "active" || !k.entry().Generate || len(k.entry().PublicKey) > 0:
 		return nil, vault.Record{}, &partyError{host: a.self, reason: reasonRefused, text: "its roster does not mark the key to be generated"}
 	}
+	if err := a.buried(k, v); err != nil {
+		return nil, vault.Record{}, err
+	}
+	if k.deletedBy() != "" || v.HasReceipts(k.id.Name) {
+		return nil, vault.Record{}, a.refuse(reasonRefused, "it has another host's receipt for the deletion of a key of this name, and a name is never used again")
+	}
 	if _, born := bornBefore(v, k.id); born {
 		return nil, vault.Record{}, &partyError{host: a.self, reason: reasonRefused, text: "an earlier incarnation of the key exists"}
 	}

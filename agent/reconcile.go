@@ -91,12 +91,15 @@ func (a *Agent) say(k *key, name, detail string) {
 
 // step does what comes next for a key and returns the condition it is in.
 func (a *Agent) step(ctx context.Context, k *key) (name, detail string) {
-	if k.entry().State == "deleted" {
-		return "deleted", "by the roster"
-	}
 	v := a.vault.Load()
-	if v == nil {
+	switch {
+	case v == nil && k.entry().State == "deleted":
+		return "deleted", "by the roster; nothing is erased while the vault does not open: " + a.vaultProblem()
+	case v == nil:
 		return "sealed", a.vaultProblem()
+	}
+	if name, detail = a.deletion(ctx, k, v); name != "" {
+		return name, detail
 	}
 	if older, ok := bornBefore(v, k.id); ok {
 		return "refused", fmt.Sprintf("the roster declares incarnation %d, but incarnation %d of this name was born and its share is here; a key that exists is not made anew: set `incarnation = %d` again",

@@ -327,6 +327,9 @@ func (a *Agent) mayReshare(k *key, v *vault.Vault, r *resharing) error {
 	if state := k.entry().State; state == "deleted" {
 		return refuse(reasonRefused, "the key is deleted by its roster")
 	}
+	if err := a.buried(k, v); err != nil {
+		return err
+	}
 	record, _ := v.Record(k.id)
 	highest := record.Highest()
 	n := r.number

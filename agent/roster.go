@@ -55,7 +55,7 @@ func (d *declared) has(h protocol.HostID) bool {
 }
 
 // mine tells whether this host has to do with a key: by the roster, or because its vault
-// has a share of it.
+// has a share of it or had one of a key of that name, which was deleted.
 func (a *Agent) mine(k *key) bool {
 	if k.concerns(a.self) {
 		return true
@@ -65,7 +65,8 @@ func (a *Agent) mine(k *key) bool {
 		return false
 	}
 	record, ok := v.Record(k.id)
-	return ok && len(record.Staged) > 0
+	_, deleted := v.Deleted(k.id.Name)
+	return deleted || ok && len(record.Staged) > 0
 }
 
 // declare reads one key's entry.

@@ -26,6 +26,12 @@ func (a *Agent) announceUnsettled() {
 		k.mu.Lock()
 		settled := k.settled
 		k.mu.Unlock()
+		if v := a.vault.Load(); v != nil {
+			if _, deleted := v.Deleted(k.id.Name); deleted {
+				a.announceReceipt(k)
+				continue
+			}
+		}
 		if a.mine(k) && (k.active.Load() == nil || !settled) {
 			a.announce(k)
 		}
@@ -51,6 +57,7 @@ func (a *Agent) keyStatus(k *key) *peerpb.KeyStatus {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	k.tellReceipts(a.self, s)
 	own, ok := k.views[a.self]
 	if act == nil && (!ok || a.vault.Load() == nil || own.Active && k.known.number().Compare(own.Number) <= 0) {
 		s.Unknown = true // not looked at yet, or a share that could not be taken up: never "none"
@@ -70,7 +77,13 @@ func (a *Agent) keyStatus(k *key) *peerpb.KeyStatus {
 // hear takes a peer's status of a key.
 func (a *Agent) hear(from protocol.HostID, s *peerpb.KeyStatus) error {
 	k := a.key(s.Key)
-	if k == nil || k.id.Incarnation != s.Incarnation {
+	if k == nil {
+		return nil // as below
+	}
+	if err := a.hearReceipts(k, from, s.Receipts); err != nil { // of any incarnation
+		return err
+	}
+	if k.id.Incarnation != s.Incarnation {
 		return nil // its roster is another than ours: it will say so again
 	}
 	view := epoch.View{Heard: true, Unreadable: s.Unknown, Active: s.Active != nil}

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"hash"
 	"reflect"
@@ -92,6 +93,32 @@ type Key struct {
 	// make new ones, under the same public key, and old ones are of no use. Empty: they
 	// are replaced when hosts or quorum change, and by "conseal key refresh".
 	Refresh time.Duration `toml:"refresh,omitempty"`
+	// DeleteAfter is how long a deletion waits, such as "24h", 0s to 8760h: each host
+	// counts from when it first took up a roster with state "deleted", and then erases
+	// what it holds. Until then a newer roster with another state revokes it. A roster
+	// that leaves the key out neither deletes nor revokes. Default: "168h".
+	DeleteAfter Delay `toml:"delete_after"`
+}
+
+// DefaultDeleteAfter is [Key.DeleteAfter] where the roster does not say.
+const DefaultDeleteAfter = Delay(7 * 24 * time.Hour)
+
+// Delay is a duration; as text such as "168h".
+type Delay time.Duration
+
+func (d Delay) String() string { return time.Duration(d).String() }
+
+// MarshalText is [Delay.String].
+func (d Delay) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
+
+// UnmarshalText reads what [time.ParseDuration] does.
+func (d *Delay) UnmarshalText(text []byte) error {
+	n, err := time.ParseDuration(string(text))
+	if err != nil {
+		return errors.New(`a duration such as "168h"`)
+	}
+	*d = Delay(n)
+	return nil
 }
 
 // PublicKey is a public key in the form of its scheme; hexadecimal as text.
@@ -136,6 +163,9 @@ func (r *report) roster(b []byte) (*Roster, error) {
 	for i := range roster.Keys {
 		if path := fmt.Sprintf("key[%d].incarnation", i); r.lines[path] == 0 {
 			roster.Keys[i].Incarnation = 1
+		}
+		if path := fmt.Sprintf("key[%d].delete_after", i); r.lines[path] == 0 {
+			roster.Keys[i].DeleteAfter = DefaultDeleteAfter
 		}
 		if roster.Keys[i].Open == "" {
 			roster.Keys[i].Open = OpenHeld
@@ -184,7 +214,8 @@ func find[T any](list []T, is func(*T) bool) (*T, bool) {
 //	keys by name: name, incarnation, scheme, quorum, hosts*, state, purpose,
 //	    generate (0 or 1), public key, users*, askers*,       (* sorted)
 //	    prehashed, prehashed_presignatures (0 or 1), open, and, if it
-//	    is set, "refresh =" and refresh in nanoseconds
+//	    is set, "refresh =" and refresh in nanoseconds, and, if it is
+//	    another than [DefaultDeleteAfter], "delete_after =" and that
 func (r *Roster) Digest() [32]byte {
 	h := digest{sha256.New()}
 	h.text("conseal roster v1", r.Fleet)
@@ -211,6 +242,10 @@ func (r *Roster) Digest() [32]byte {
 		if k.Refresh != 0 { // what was not known to an earlier version and is not used changes no digest
 			h.text("refresh =")
 			h.number(uint64(k.Refresh))
+		}
+		if k.DeleteAfter != DefaultDeleteAfter {
+			h.text("delete_after =")
+			h.number(uint64(k.DeleteAfter))
 		}
 	}
 	return h.sum()

@@ -56,11 +56,11 @@ func TestLoadRoster(t *testing.T) {
 		},
 		Keys: []config.Key{
 			{Name: "release", Scheme: "ed25519", Quorum: 2, Hosts: []string{"alpha", "beta", "gamma"}, State: "active", Purpose: "signs releases",
-				Incarnation: 1, Generate: true, Users: []string{"uid:1000", "deploy"}, Askers: []string{"alpha"}, Open: config.OpenHeld},
+				Incarnation: 1, Generate: true, Users: []string{"uid:1000", "deploy"}, Askers: []string{"alpha"}, Open: config.OpenHeld, DeleteAfter: config.DefaultDeleteAfter},
 			{Name: "old", Scheme: "ecdsa-p256", Quorum: 2, Hosts: []string{"beta", "alpha"}, State: "deleted", Purpose: "signed releases",
-				Incarnation: 2, PublicKey: append([]byte{2}, bytes.Repeat([]byte{0xdd}, 32)...), Open: config.OpenHeld},
+				Incarnation: 2, PublicKey: append([]byte{2}, bytes.Repeat([]byte{0xdd}, 32)...), Open: config.OpenHeld, DeleteAfter: config.DefaultDeleteAfter},
 			{Name: "treasury", Scheme: "bip340", Quorum: 2, Hosts: []string{"alpha", "beta"}, State: "suspended", Purpose: "spends",
-				Incarnation: 1, PublicKey: bytes.Repeat([]byte{0xee}, 32), Open: "15m"},
+				Incarnation: 1, PublicKey: bytes.Repeat([]byte{0xee}, 32), Open: "15m", DeleteAfter: config.DefaultDeleteAfter},
 		},
 		Bytes: []byte(golden(t)),
 	}
@@ -111,6 +111,9 @@ func TestRosterRefused(t *testing.T) {
 		{`version = 7`, "version = 7\nfleet = 'b'", `roster:4: fleet: set twice, first in line 2`},
 		{`version = 7`, "version = 7\nfleets = 'b'", `roster:4: fleets: unknown key: did you mean "fleet"?`},
 		{`version = 7`, "version = 7\n[delivery]", `roster:4: delivery: unknown key: known here are fleet, host, key, version`},
+		{`open = "15m"`, "open = '15m'\ndelete_after = '8761h'", `roster:54: key "treasury" delete_after: 8761h0m0s: wants 0s to 8760h0m0s`},
+		{`open = "15m"`, "open = '15m'\ndelete_after = '-1s'", `roster:54: key "treasury" delete_after: -1s: wants 0s to 8760h0m0s`},
+		{`open = "15m"`, "open = '15m'\ndelete_after = 7", `roster:54: key 3 delete_after: 7: wants a duration such as "168h"`},
 		{`version = 7`, `version = `, `roster:3: incomplete number`},
 		{`name = "beta"`, `name = "Beta"`, `roster:12: host "Beta" name: "Beta": wants small letters, digits and "-", at most 63, the first no "-"
 roster:28: key "release" hosts: "beta" is not a host of this roster: did you mean "Beta"?
@@ -324,6 +327,14 @@ protector = "tpm"
 	whole.text("refresh =").number(uint64(time.Hour))
 	if got, want := r.Digest(), whole.sum(); got != want {
 		t.Errorf("Digest with a refresh: got %x, want %x", got, want)
+	}
+	if r.Keys[0].DeleteAfter != config.DefaultDeleteAfter {
+		t.Errorf("a deletion waits %v unless the roster says otherwise", r.Keys[0].DeleteAfter)
+	}
+	r.Keys[0].DeleteAfter = 0 // as "0s"
+	whole.text("delete_after =").number(0)
+	if got, want := r.Digest(), whole.sum(); got != want {
+		t.Errorf("Digest with a deletion at once: got %x, want %x", got, want)
 	}
 	entry.text("conseal roster entry v1", "release").number(3).text("ed25519").number(2).number(2)
 	entry.text("alpha", string(a[:])).text("beta", string(b[:]))

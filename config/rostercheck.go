@@ -105,6 +105,7 @@ func (c *keyChecker) check(at string, k *Key) {
 	if k.Refresh != 0 {
 		c.lasts(at+"refresh", k.Refresh, time.Minute, 10*365*24*time.Hour)
 	}
+	c.lasts(at+"delete_after", time.Duration(k.DeleteAfter), 0, 365*24*time.Hour)
 	for _, u := range k.Users {
 		if !isUser(u) {
 			c.add(at+"users", `%s: wants "uid:NUMBER" or the name of a user`, clip(strconv.Quote(u)))

@@ -350,7 +350,7 @@ func (s *storyteller) key(ts *testscript.TestScript, neg bool, args []string) {
 func (s *storyteller) roster(ts *testscript.TestScript, neg bool, args []string) {
 	s.step(ts, neg, func(ctx context.Context, st *story) error {
 		if len(args) < 2 || st.fleet == nil {
-			return errors.New("usage, after key: roster KEY FIELD=VALUE...")
+			return errors.New("usage, after key: roster KEY FIELD=VALUE [FIELD=VALUE...]")
 		}
 		values := map[string]string{}
 		for _, arg := range args[1:] {
@@ -416,7 +416,7 @@ func rosterKey(k *apipb.Key) (string, error) {
 func (s *storyteller) epoch(ts *testscript.TestScript, neg bool, args []string) {
 	s.step(ts, neg, func(ctx context.Context, st *story) error {
 		if len(args) < 2 {
-			return errors.New("usage, after up: epoch KEY HOST...")
+			return errors.New("usage, after up: epoch KEY HOST [HOST...]")
 		}
 		hosts, err := s.hosts(st, args[1:])
 		if err != nil {
@@ -450,7 +450,7 @@ func (s *storyteller) epoch(ts *testscript.TestScript, neg bool, args []string) 
 func (s *storyteller) left(ts *testscript.TestScript, neg bool, args []string) {
 	s.step(ts, neg, func(ctx context.Context, st *story) error {
 		if len(args) < 2 {
-			return errors.New("usage, after up: left KEY HOST...")
+			return errors.New("usage, after up: left KEY HOST [HOST...]")
 		}
 		hosts, err := s.hosts(st, args[1:])
 		if err != nil {

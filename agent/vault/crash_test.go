@@ -211,6 +211,11 @@ func lifeOps() []op {
 		{Kind: "vote", Key: k1, Number: n21},
 		{Kind: "activate", Key: k1, Number: n21},
 		{Kind: "drop", Key: k1, Number: n12},
+		{Kind: "await", Key: k2, Entry: 1},
+		{Kind: "revoke", Key: k2},
+		{Kind: "await", Key: k2, Entry: 2},
+		{Kind: "delete", Key: k2, Entry: 3},
+		{Kind: "receipt", Key: k2, Entry: 4},
 	}
 }
 

@@ -90,11 +90,11 @@ func TestUnknownVersion(t *testing.T) {
 	path := filepath.Join(v.dir, slot)
 	b, err := os.ReadFile(path)
 	must(t, err)
-	b[len("conseal manifest")] = 2
+	b[len("conseal manifest")] = 3
 	must(t, os.WriteFile(path, b, 0o600))
 	before := files(t, v.dir)
-	v.wantOpenError(nil, "version 2", "leaves it alone")
-	wantError(t, vault.Create(t.Context(), v.dir, host, v.hw), nil, "version 2")
+	v.wantOpenError(nil, "version 3", "leaves it alone")
+	wantError(t, vault.Create(t.Context(), v.dir, host, v.hw), nil, "version 3")
 	wantSameFiles(t, v.dir, before)
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"fmt"
+	"slices"
 
 	"conseal/internal/secret"
 )
@@ -97,4 +98,18 @@ func (v *Vault) Fill(keys int) {
 		r.shares = []share{{number: n, erasure: new([32]byte)}}
 	}
 	v.now.Store(next)
+}
+
+// ReceiptsOf joins the receipts of a key, one byte each, sorted.
+func (v *Vault) ReceiptsOf(id KeyID) (string, error) {
+	var all []byte
+	for _, digest := range v.now.Load().keys[id].receipts {
+		b, err := readFile(v.receiptPath(digest), MaxReceipt)
+		if err != nil {
+			return "", err
+		}
+		all = append(all, b...)
+	}
+	slices.Sort(all)
+	return string(all), nil
 }

@@ -38,7 +38,18 @@ type record struct {
 	certificate [32]byte // SHA-256 of the active epoch's
 	since       uint64   // when it became active, Unix seconds
 	suspended   uint64   // since when this host signs nothing with the key, Unix seconds; 0: it does
+	deleting    uint64   // since when its deletion waits, Unix seconds; 0: it does not
+	tombstone   *tombstone
+	receipts    [][32]byte // SHA-256 of the receipts of its deletion, sorted
 	shares      []share
+}
+
+// tombstone is [Tombstone] in the manifest's form.
+type tombstone struct {
+	at     uint64 // Unix seconds
+	public [32]byte
+	shares uint64
+	roots  uint64 // taken before it; the erasure took the next
 }
 
 type share struct {
@@ -75,7 +86,7 @@ func (m *manifest) edit(id KeyID) *record {
 	r := &record{}
 	if old := m.keys[id]; old != nil {
 		*r = *old
-		r.shares = slices.Clone(old.shares)
+		r.shares, r.receipts = slices.Clone(old.shares), slices.Clone(old.receipts)
 	}
 	m.keys[id] = r
 	return r
@@ -91,7 +102,7 @@ func (r *record) share(n Number) *share {
 }
 
 func (r *record) export(id KeyID) Record {
-	out := Record{Key: id, Entry: r.entry, Active: r.active, Since: moment(r.since)}
+	out := Record{Key: id, Entry: r.entry, Active: r.active, Since: moment(r.since), Deleting: moment(r.deleting)}
 	if r.voted != nil {
 		vote := *r.voted
 		out.Voted = &vote
@@ -150,7 +161,7 @@ func moment(seconds uint64) time.Time {
 // proves nothing against an attacker, damage from a torn or rotten disk.
 const (
 	slotMagic   = "conseal manifest"
-	slotVersion = 2 // 1 is read too: it has no origins, times and suspensions
+	slotVersion = 2 // 1 is read too: it has no origins, times, suspensions and deletions
 	saltSize    = 32
 	tagSize     = 16
 	slots       = 2
@@ -263,7 +274,7 @@ func (v *Vault) readSlot(slot int, root *secret.Bytes) (*manifest, error) {
 func (m *manifest) size() int {
 	n := 64 + len(m.host)
 	for id, r := range m.keys {
-		n += 256 + len(id.Name) + 256*len(r.shares)
+		n += 512 + len(id.Name) + 256*len(r.shares) + 32*len(r.receipts)
 	}
 	return n
 }
@@ -293,6 +304,7 @@ func (m *manifest) encode(version byte) []byte {
 		if version > 1 {
 			e.u64(r.since)
 			e.u64(r.suspended)
+			e.deletion(r)
 		}
 		e.u32(len(r.shares))
 		for _, s := range r.shares {
@@ -331,6 +343,7 @@ func decodeManifest(b []byte, version byte) (*manifest, error) {
 		d.raw(r.certificate[:])
 		if version > 1 {
 			r.since, r.suspended = d.u64(), d.u64()
+			d.deletion(r)
 		}
 		for range d.u32() {
 			if d.failed {
@@ -357,6 +370,39 @@ func decodeManifest(b []byte, version byte) (*manifest, error) {
 		return nil, fmt.Errorf("%w: not in canonical form", ErrDamaged)
 	}
 	return m, nil
+}
+
+func (e *encoder) deletion(r *record) {
+	e.u64(r.deleting)
+	e.flag(r.tombstone != nil)
+	if t := r.tombstone; t != nil {
+		e.u64(t.at)
+		e.raw(t.public[:])
+		e.u64(t.shares)
+		e.u64(t.roots)
+	}
+	e.u32(len(r.receipts))
+	for _, digest := range r.receipts {
+		e.raw(digest[:])
+	}
+}
+
+func (d *decoder) deletion(r *record) {
+	r.deleting = d.u64()
+	if d.flag() {
+		t := &tombstone{at: d.u64()}
+		d.raw(t.public[:])
+		t.shares, t.roots = d.u64(), d.u64()
+		r.tombstone = t
+	}
+	for range d.u32() {
+		if d.failed {
+			break
+		}
+		var digest [32]byte
+		d.raw(digest[:])
+		r.receipts = append(r.receipts, digest)
+	}
 }
 
 // encoder appends length-prefixed fields.

@@ -22,7 +22,7 @@ import (
 
 // op is one call of a vault, as a test plans it and a child process does it.
 type op struct {
-	Kind     string // create, open, see, stage, vote, activate, retire, drop, reseal
+	Kind     string // create, open, see, stage, vote, activate, retire, drop, reseal, await, revoke, delete, receipt
 	Key      vault.KeyID
 	Class    vault.Class // of stage and reseal
 	Number   vault.Number
@@ -54,6 +54,14 @@ func (o op) do(t testing.TB, v *vault.Vault) error {
 		return v.Activate(ctx, o.Key, o.Number, certificate(o.Key, o.Number))
 	case "retire":
 		return v.Retire(ctx, o.Key, o.Number, certificate(o.Key, o.Number))
+	case "await":
+		return v.AwaitDeletion(ctx, o.Key, time.Unix(int64(o.Entry), 0))
+	case "revoke":
+		return v.AwaitDeletion(ctx, o.Key, time.Time{})
+	case "delete":
+		return v.Delete(ctx, o.Key, [32]byte{o.Entry})
+	case "receipt":
+		return v.KeepReceipt(ctx, o.Key, []byte{o.Entry})
 	case "drop":
 		drops := []vault.Drop{{Key: o.Key, Number: o.Number}}
 		if o.Also != (vault.Number{}) {
@@ -87,7 +95,9 @@ type model map[vault.KeyID]rests
 // rests is a record, and which of its shares rest under keys of their own.
 type rests struct {
 	vault.Record
-	Own []vault.Number
+	Own       []vault.Number
+	Tombstone byte   // first byte of the public key's digest, 0: there is none
+	Receipts  string // sorted
 }
 
 // own filters the numbers of what is staged and rests so.
@@ -107,7 +117,32 @@ func (m model) apply(o op) (model, bool) {
 	r.Key, r.Staged = o.Key, slices.Clone(r.Staged)
 	staged := slices.IndexFunc(r.Staged, func(s vault.Staged) bool { return s.Number == o.Number })
 	ok, changed := false, true
+	if m.deleted(o.Key.Name) {
+		return m.applyDeleted(o)
+	}
 	switch o.Kind {
+	case "await":
+		ok, changed = true, r.Deleting.IsZero()
+		r.Deleting = time.Unix(int64(o.Entry), 0)
+	case "revoke":
+		ok, changed = true, !r.Deleting.IsZero()
+		r.Deleting = time.Time{}
+	case "delete":
+		next := maps.Clone(m)
+		next[o.Key] = r
+		for id, r := range next {
+			if id.Name == o.Key.Name {
+				r.Staged, r.Own, r.Deleting = nil, nil, time.Time{}
+				if id == o.Key {
+					r.Tombstone = o.Entry
+				}
+				next[id] = r
+			}
+		}
+		return next, true
+	case "receipt":
+		ok, changed = true, !strings.Contains(r.Receipts, string(rune(o.Entry)))
+		r = r.receive(o)
 	case "create", "open":
 		return m, true
 	case "see":
@@ -154,6 +189,43 @@ func (m model) apply(o op) (model, bool) {
 	return next, true
 }
 
+// receive adds a receipt.
+func (r rests) receive(o op) rests {
+	if !strings.Contains(r.Receipts, string(rune(o.Entry))) {
+		all := []byte(r.Receipts + string(rune(o.Entry)))
+		slices.Sort(all)
+		r.Receipts = string(all)
+	}
+	return r
+}
+
+// deleted tells whether a name has a tombstone.
+func (m model) deleted(name string) bool {
+	for id, r := range m {
+		if id.Name == name && r.Tombstone != 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// applyDeleted is apply for a name that has one: nothing is added any more but receipts.
+func (m model) applyDeleted(o op) (model, bool) {
+	switch o.Kind {
+	case "create", "open", "drop", "delete":
+		return m, true
+	case "reseal":
+		return m, true
+	case "receipt":
+		next := maps.Clone(m)
+		r := m[o.Key]
+		r.Key = o.Key
+		next[o.Key] = r.receive(o)
+		return next, true
+	}
+	return m, false
+}
+
 func (m model) drop(r vault.Record, o op) (left []vault.Staged, ok, changed bool) {
 	born := false // later than what this host voted for
 	for id, other := range m {
@@ -191,7 +263,19 @@ func (m model) diff(v *vault.Vault) string {
 			return fmt.Sprintf("epoch %s is active since %s", r.Active, r.Since)
 		}
 		r.Since = time.Time{}
-		got[r.Key] = rests{r, v.Own(r.Key)}
+		entry := rests{Record: r, Own: v.Own(r.Key)}
+		if t, ok := v.Deleted(r.Key.Name); ok && t.Key == r.Key {
+			entry.Tombstone = t.Public[0]
+			if time.Since(t.At) > time.Hour || t.RootsAfter != t.RootsBefore+1 || t.RootsAfter > v.Stats().Roots {
+				return fmt.Sprintf("tombstone %v", t)
+			}
+		}
+		receipts, err := v.ReceiptsOf(r.Key)
+		if err != nil {
+			return err.Error()
+		}
+		entry.Receipts = receipts
+		got[r.Key] = entry
 		for _, s := range r.Staged {
 			err := v.Lend(context.Background(), r.Key, s.Number, func(b []byte) error {
 				if [32]byte(b) != [32]byte(s.Output) {
@@ -214,9 +298,12 @@ func (m model) diff(v *vault.Vault) string {
 
 // wantTidy checks that there is no file but what the vault needs.
 func wantTidy(t fataler, dir string, m model) {
-	shares, certs := 0, map[string]bool{}
+	shares, certs, receipts := 0, map[string]bool{}, map[rune]bool{}
 	for _, r := range m {
 		shares += len(r.Staged)
+		for _, receipt := range r.Receipts {
+			receipts[receipt] = true
+		}
 		if r.Active != (vault.Number{}) {
 			certs[string(certificate(r.Key, r.Active))] = true
 		}
@@ -228,8 +315,8 @@ func wantTidy(t fataler, dir string, m model) {
 		}
 		return err
 	})
-	if count[".share"] != shares || count[".cert"] != len(certs) || count[".new"] != 0 {
-		t.Fatalf("%v files, want %d shares and %d certificates", count, shares, len(certs))
+	if count[".share"] != shares || count[".cert"] != len(certs) || count[".receipt"] != len(receipts) || count[".new"] != 0 {
+		t.Fatalf("%v files, want %d shares, %d certificates and %d receipts", count, shares, len(certs), len(receipts))
 	}
 	if _, err := os.Stat(filepath.Join(dir, "unfinished")); err == nil {
 		t.Fatalf("it still has the mark of an unfinished vault")
@@ -243,7 +330,7 @@ type fataler interface {
 }
 
 func drawOp(t *rapid.T, i int) op {
-	kinds := []string{"see", "stage", "stage", "stage", "vote", "activate", "drop", "drop", "retire", "reseal", "reseal", "open"}
+	kinds := []string{"see", "stage", "stage", "stage", "vote", "activate", "drop", "drop", "retire", "reseal", "reseal", "open", "await", "revoke", "receipt", "delete"}
 	numbers := []vault.Number{n11, n12, n13, n21}
 	return op{
 		Kind:     rapid.SampledFrom(kinds).Draw(t, "kind"),
@@ -365,6 +452,14 @@ func (a *attack) wantNothingBack(v *vault.Vault, i int) {
 	for id, r := range a.m {
 		if got, _ := v.Record(id); r.Voted != nil && (got.Voted == nil || *got.Voted != *r.Voted) {
 			a.rt.Fatalf("copy %d forgot the vote for %s %s", i, id.Name, r.Voted.Number)
+		}
+		if got, _ := v.Record(id); !got.Deleting.IsZero() && !got.Deleting.Equal(r.Deleting) {
+			a.rt.Fatalf("copy %d has a deletion of %s that was revoked", i, id.Name)
+		}
+	}
+	for id := range a.m {
+		if _, ok := v.Deleted(id.Name); ok != a.m.deleted(id.Name) {
+			a.rt.Fatalf("copy %d: %s is deleted: %v", i, id.Name, ok)
 		}
 	}
 	for _, r := range v.Keys() {

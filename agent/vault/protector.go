@@ -31,3 +31,11 @@ type Protector interface {
 // NoRoot is implemented by the error with which a [Protector] says that it was
 // provisioned and no root was ever set.
 type NoRoot interface{ NoRoot() bool }
+
+// Certifier is a [Protector] whose hardware can certify, for who attested the host, that
+// something was stated on it, and after what.
+type Certifier interface {
+	// Receipt returns the hardware's certificate of a statement that has that SHA-256,
+	// in an encoding of its own.
+	Receipt(ctx context.Context, statement [32]byte) ([]byte, error)
+}

@@ -256,6 +256,9 @@ func (v *Vault) sweep(m *manifest) error {
 			known[v.sharePath(s.file)] = true
 		}
 		known[v.certificatePath(r.certificate)] = true
+		for _, digest := range r.receipts {
+			known[v.receiptPath(digest)] = true
+		}
 	}
 	for _, folder := range []string{"", sharesFolder, certsFolder} {
 		files, err := os.ReadDir(filepath.Join(v.dir, folder))
@@ -265,7 +268,7 @@ func (v *Vault) sweep(m *manifest) error {
 		for _, f := range files {
 			path := filepath.Join(v.dir, folder, f.Name())
 			switch filepath.Ext(path) {
-			case temporary, ".share", ".cert":
+			case temporary, ".share", ".cert", receiptSuffix:
 			default:
 				continue
 			}

@@ -3,7 +3,8 @@
 // erased stays erased.
 //
 // [Create] makes a vault once, [Open] opens it; [Vault.Stage], [Vault.Vote],
-// [Vault.Activate], [Vault.Lend] and [Vault.Drop] are a share's life.
+// [Vault.Activate], [Vault.Lend] and [Vault.Drop] are a share's life, and
+// [Vault.Delete] ends that of a key.
 //
 // The manifest holds an erasure key for each share and is encrypted under the
 // root, the one erasable secret of the [Protector]. A share is encrypted under
@@ -60,6 +61,8 @@ var (
 	ErrUnsure = errors.New("the hardware did not say which root it has; nothing is written until it answers")
 	// ErrNoShare: the vault has no such share.
 	ErrNoShare = errors.New("no such share")
+	// ErrDeleted: a key of that name was deleted, and the name is never used again.
+	ErrDeleted = errors.New("a key of this name was deleted, and the name is never used again")
 )
 
 // KeyID names a key: a name is used again only with a higher incarnation.
@@ -102,7 +105,8 @@ type Record struct {
 	Staged []Staged // every share that it holds, the active one too
 	Active Number   // the highest epoch of which the host has a certificate; zero if none
 
-	Since time.Time // when this host took that up, to the second
+	Since    time.Time // when this host took that up, to the second
+	Deleting time.Time // since when its deletion waits; zero: it does not
 }
 
 // Holds tells whether the host has the share of epoch n.
@@ -455,6 +459,9 @@ func (v *Vault) Retire(ctx context.Context, id KeyID, n Number, certificate []by
 		return err
 	}
 	next := v.now.Load().clone()
+	if _, deleted := next.tombstone(id.Name); deleted {
+		return fmt.Errorf("retiring from key %q at epoch %s: %w", id.Name, n, ErrDeleted)
+	}
 	r := next.edit(id)
 	if n.Compare(r.active) < 0 || n == r.active && len(r.shares) == 0 {
 		return nil
@@ -783,6 +790,9 @@ func (v *Vault) change(ctx context.Context, id KeyID, newRoot bool, edit func(*r
 		return err
 	}
 	next := v.now.Load().clone()
+	if _, deleted := next.tombstone(id.Name); deleted {
+		return fmt.Errorf("key %q: %w", id.Name, ErrDeleted)
+	}
 	switch err := edit(next.edit(id)); {
 	case errors.Is(err, errNoChange):
 		return nil

@@ -104,7 +104,29 @@ func printKey(w io.Writer, k *apipb.Key) error {
 	if k.Next != "" {
 		line("next epoch", "%s", k.Next)
 	}
+	for _, r := range k.Receipts {
+		line("receipt", "%s", describeReceipt(r))
+	}
+	if len(k.ReceiptsMissing) > 0 {
+		line("no receipt of", "%s", strings.Join(k.ReceiptsMissing, ", "))
+	}
 	return t.Flush()
+}
+
+// describeReceipt says in words what a host signed when it had erased a key.
+func describeReceipt(r *apipb.Receipt) string {
+	held := fmt.Sprintf("erased %d shares", r.Shares)
+	switch r.Shares {
+	case 0:
+		held = "held no share"
+	case 1:
+		held = "erased its share"
+	}
+	proof := "its hardware certifies nothing"
+	if len(r.Proof) > 0 {
+		proof = fmt.Sprintf("certified by its %s (%d bytes, in --json)", r.Protector, len(r.Proof))
+	}
+	return fmt.Sprintf("%s %s at %s, root %d became %d; signed by the host, %s", r.Host, held, r.Time, r.RootsBefore, r.RootsAfter, proof)
 }
 
 // opened says in words how long a share stays opened.

@@ -64,7 +64,20 @@ func openTPM(ctx context.Context, c *config.Host) (*hardware, error) {
 	if err != nil {
 		return nil, errors.Join(err, closeTPM())
 	}
-	return &hardware{t, seal, identity, closeTPM}, nil
+	return &hardware{certifier{t}, seal, identity, closeTPM}, nil
+}
+
+// certifier is a TPM as the vault's protector: its receipts are [attest.Receipt.Encode].
+type certifier struct{ *tpm.TPM }
+
+var _ vault.Certifier = certifier{}
+
+func (c certifier) Receipt(ctx context.Context, statement [32]byte) ([]byte, error) {
+	r, err := c.TPM.Receipt(ctx, statement[:])
+	if err != nil {
+		return nil, err
+	}
+	return r.Encode()
 }
 
 // token is one HSM, or a pair of them.

@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/sha256"
+	"encoding/asn1"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -26,6 +27,29 @@ import (
 type Receipt struct {
 	Certified []byte // TPMS_ATTEST
 	Signature []byte // TPMT_SIGNATURE
+}
+
+// asn1Receipt is a receipt in one piece.
+type asn1Receipt struct{ Certified, Signature []byte }
+
+// Encode returns the receipt in one piece, DER.
+func (r *Receipt) Encode() ([]byte, error) {
+	return asn1.Marshal(asn1Receipt{r.Certified, r.Signature})
+}
+
+// DecodeReceipt reads what [Receipt.Encode] wrote and nothing else. It checks nothing that
+// the receipt says.
+func DecodeReceipt(der []byte) (*Receipt, error) {
+	var in asn1Receipt
+	rest, err := asn1.Unmarshal(der, &in)
+	if err != nil || len(rest) != 0 {
+		return nil, errors.Join(fmt.Errorf("decoding a receipt of a TPM: %d bytes too many", len(rest)), err)
+	}
+	r := &Receipt{Certified: in.Certified, Signature: in.Signature}
+	if again, err := r.Encode(); err != nil || !bytes.Equal(again, der) {
+		return nil, errors.New("decoding a receipt of a TPM: not in canonical form")
+	}
+	return r, nil
 }
 
 // Counter is the counter of a host's receipts, as its verifiers know it. The TPM's name of

@@ -767,7 +767,7 @@ type Key struct {
 	// State that the roster gives it: "active", "suspended" or "deleted".
 	State string `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`
 	// What this host makes of it: "ready", "generating", "waiting", "lost",
-	// "sealed", "suspended", "refused", "leaving" or "left".
+	// "sealed", "suspended", "refused", "leaving", "left" or "deleted".
 	Condition string `protobuf:"bytes,7,opt,name=condition,proto3" json:"condition,omitempty"`
 	// What the condition comes from, and what to do about it. Empty when ready.
 	Detail string `protobuf:"bytes,8,opt,name=detail,proto3" json:"detail,omitempty"`
@@ -789,9 +789,13 @@ type Key struct {
 	// How it stands with the next epoch; empty if none is wanted.
 	Next string `protobuf:"bytes,17,opt,name=next,proto3" json:"next,omitempty"`
 	// Since when this host signs with the epoch. RFC 3339; empty if it does not.
-	Since         string `protobuf:"bytes,18,opt,name=since,proto3" json:"since,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Since string `protobuf:"bytes,18,opt,name=since,proto3" json:"since,omitempty"`
+	// Of a key that is deleted: what its hosts signed when they had erased it.
+	Receipts []*Receipt `protobuf:"bytes,30,rep,name=receipts,proto3" json:"receipts,omitempty"`
+	// Hosts of the key whose receipts are not here yet.
+	ReceiptsMissing []string `protobuf:"bytes,31,rep,name=receipts_missing,json=receiptsMissing,proto3" json:"receipts_missing,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Key) Reset() {
@@ -950,6 +954,126 @@ func (x *Key) GetSince() string {
 	return ""
 }
 
+func (x *Key) GetReceipts() []*Receipt {
+	if x != nil {
+		return x.Receipts
+	}
+	return nil
+}
+
+func (x *Key) GetReceiptsMissing() []string {
+	if x != nil {
+		return x.ReceiptsMissing
+	}
+	return nil
+}
+
+// Receipt is a host's word that it has erased all that it held of a key. This host has
+// verified the signature.
+type Receipt struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Host      string                 `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	Time      string                 `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`           // RFC 3339, by the host's clock
+	Protector string                 `protobuf:"bytes,3,opt,name=protector,proto3" json:"protector,omitempty"` // "tpm" or "hsm"
+	// Shares that it erased; 0: it held none.
+	Shares uint64 `protobuf:"varint,4,opt,name=shares,proto3" json:"shares,omitempty"`
+	// Roots that its hardware was given before the erasure, and with it.
+	RootsBefore uint64 `protobuf:"varint,5,opt,name=roots_before,json=rootsBefore,proto3" json:"roots_before,omitempty"`
+	RootsAfter  uint64 `protobuf:"varint,6,opt,name=roots_after,json=rootsAfter,proto3" json:"roots_after,omitempty"`
+	// What its hardware certified; empty if it certifies nothing. Not verified here.
+	Proof []byte `protobuf:"bytes,7,opt,name=proof,proto3" json:"proof,omitempty"`
+	// All of it, DER: see docs/architecture.md.
+	Encoded       []byte `protobuf:"bytes,8,opt,name=encoded,proto3" json:"encoded,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Receipt) Reset() {
+	*x = Receipt{}
+	mi := &file_agent_api_conseal_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Receipt) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Receipt) ProtoMessage() {}
+
+func (x *Receipt) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_api_conseal_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Receipt.ProtoReflect.Descriptor instead.
+func (*Receipt) Descriptor() ([]byte, []int) {
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Receipt) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *Receipt) GetTime() string {
+	if x != nil {
+		return x.Time
+	}
+	return ""
+}
+
+func (x *Receipt) GetProtector() string {
+	if x != nil {
+		return x.Protector
+	}
+	return ""
+}
+
+func (x *Receipt) GetShares() uint64 {
+	if x != nil {
+		return x.Shares
+	}
+	return 0
+}
+
+func (x *Receipt) GetRootsBefore() uint64 {
+	if x != nil {
+		return x.RootsBefore
+	}
+	return 0
+}
+
+func (x *Receipt) GetRootsAfter() uint64 {
+	if x != nil {
+		return x.RootsAfter
+	}
+	return 0
+}
+
+func (x *Receipt) GetProof() []byte {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
+}
+
+func (x *Receipt) GetEncoded() []byte {
+	if x != nil {
+		return x.Encoded
+	}
+	return nil
+}
+
 // Presignatures are signatures prepared with one set of signers.
 type Presignatures struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
@@ -963,7 +1087,7 @@ type Presignatures struct {
 
 func (x *Presignatures) Reset() {
 	*x = Presignatures{}
-	mi := &file_agent_api_conseal_proto_msgTypes[14]
+	mi := &file_agent_api_conseal_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -975,7 +1099,7 @@ func (x *Presignatures) String() string {
 func (*Presignatures) ProtoMessage() {}
 
 func (x *Presignatures) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[14]
+	mi := &file_agent_api_conseal_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -988,7 +1112,7 @@ func (x *Presignatures) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Presignatures.ProtoReflect.Descriptor instead.
 func (*Presignatures) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{14}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Presignatures) GetSigners() []string {
@@ -1021,7 +1145,7 @@ type RefreshRequest struct {
 
 func (x *RefreshRequest) Reset() {
 	*x = RefreshRequest{}
-	mi := &file_agent_api_conseal_proto_msgTypes[15]
+	mi := &file_agent_api_conseal_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1033,7 +1157,7 @@ func (x *RefreshRequest) String() string {
 func (*RefreshRequest) ProtoMessage() {}
 
 func (x *RefreshRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[15]
+	mi := &file_agent_api_conseal_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1046,7 +1170,7 @@ func (x *RefreshRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RefreshRequest.ProtoReflect.Descriptor instead.
 func (*RefreshRequest) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{15}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RefreshRequest) GetKey() string {
@@ -1064,7 +1188,7 @@ type LoadRosterRequest struct {
 
 func (x *LoadRosterRequest) Reset() {
 	*x = LoadRosterRequest{}
-	mi := &file_agent_api_conseal_proto_msgTypes[16]
+	mi := &file_agent_api_conseal_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1076,7 +1200,7 @@ func (x *LoadRosterRequest) String() string {
 func (*LoadRosterRequest) ProtoMessage() {}
 
 func (x *LoadRosterRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[16]
+	mi := &file_agent_api_conseal_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1089,7 +1213,7 @@ func (x *LoadRosterRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadRosterRequest.ProtoReflect.Descriptor instead.
 func (*LoadRosterRequest) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{16}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{17}
 }
 
 type LoadRosterResponse struct {
@@ -1104,7 +1228,7 @@ type LoadRosterResponse struct {
 
 func (x *LoadRosterResponse) Reset() {
 	*x = LoadRosterResponse{}
-	mi := &file_agent_api_conseal_proto_msgTypes[17]
+	mi := &file_agent_api_conseal_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1116,7 +1240,7 @@ func (x *LoadRosterResponse) String() string {
 func (*LoadRosterResponse) ProtoMessage() {}
 
 func (x *LoadRosterResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[17]
+	mi := &file_agent_api_conseal_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1129,7 +1253,7 @@ func (x *LoadRosterResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadRosterResponse.ProtoReflect.Descriptor instead.
 func (*LoadRosterResponse) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{17}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *LoadRosterResponse) GetVersion() uint64 {
@@ -1154,7 +1278,7 @@ type DrillRequest struct {
 
 func (x *DrillRequest) Reset() {
 	*x = DrillRequest{}
-	mi := &file_agent_api_conseal_proto_msgTypes[18]
+	mi := &file_agent_api_conseal_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1166,7 +1290,7 @@ func (x *DrillRequest) String() string {
 func (*DrillRequest) ProtoMessage() {}
 
 func (x *DrillRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[18]
+	mi := &file_agent_api_conseal_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1179,7 +1303,7 @@ func (x *DrillRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrillRequest.ProtoReflect.Descriptor instead.
 func (*DrillRequest) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{18}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{19}
 }
 
 // DrillResponse is from what the hosts said on the connections that are up now, each at
@@ -1198,7 +1322,7 @@ type DrillResponse struct {
 
 func (x *DrillResponse) Reset() {
 	*x = DrillResponse{}
-	mi := &file_agent_api_conseal_proto_msgTypes[19]
+	mi := &file_agent_api_conseal_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1210,7 +1334,7 @@ func (x *DrillResponse) String() string {
 func (*DrillResponse) ProtoMessage() {}
 
 func (x *DrillResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[19]
+	mi := &file_agent_api_conseal_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1223,7 +1347,7 @@ func (x *DrillResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrillResponse.ProtoReflect.Descriptor instead.
 func (*DrillResponse) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{19}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DrillResponse) GetHost() string {
@@ -1280,7 +1404,7 @@ type DrilledKey struct {
 
 func (x *DrilledKey) Reset() {
 	*x = DrilledKey{}
-	mi := &file_agent_api_conseal_proto_msgTypes[20]
+	mi := &file_agent_api_conseal_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1292,7 +1416,7 @@ func (x *DrilledKey) String() string {
 func (*DrilledKey) ProtoMessage() {}
 
 func (x *DrilledKey) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[20]
+	mi := &file_agent_api_conseal_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1305,7 +1429,7 @@ func (x *DrilledKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrilledKey.ProtoReflect.Descriptor instead.
 func (*DrilledKey) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{20}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DrilledKey) GetName() string {
@@ -1403,7 +1527,7 @@ type DrilledHost struct {
 
 func (x *DrilledHost) Reset() {
 	*x = DrilledHost{}
-	mi := &file_agent_api_conseal_proto_msgTypes[21]
+	mi := &file_agent_api_conseal_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1415,7 +1539,7 @@ func (x *DrilledHost) String() string {
 func (*DrilledHost) ProtoMessage() {}
 
 func (x *DrilledHost) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[21]
+	mi := &file_agent_api_conseal_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1428,7 +1552,7 @@ func (x *DrilledHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DrilledHost.ProtoReflect.Descriptor instead.
 func (*DrilledHost) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{21}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DrilledHost) GetName() string {
@@ -1486,7 +1610,7 @@ type SuspendRequest struct {
 
 func (x *SuspendRequest) Reset() {
 	*x = SuspendRequest{}
-	mi := &file_agent_api_conseal_proto_msgTypes[22]
+	mi := &file_agent_api_conseal_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1498,7 +1622,7 @@ func (x *SuspendRequest) String() string {
 func (*SuspendRequest) ProtoMessage() {}
 
 func (x *SuspendRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[22]
+	mi := &file_agent_api_conseal_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1511,7 +1635,7 @@ func (x *SuspendRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SuspendRequest.ProtoReflect.Descriptor instead.
 func (*SuspendRequest) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{22}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SuspendRequest) GetKey() string {
@@ -1546,7 +1670,7 @@ type ResumeRequest struct {
 
 func (x *ResumeRequest) Reset() {
 	*x = ResumeRequest{}
-	mi := &file_agent_api_conseal_proto_msgTypes[23]
+	mi := &file_agent_api_conseal_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1558,7 +1682,7 @@ func (x *ResumeRequest) String() string {
 func (*ResumeRequest) ProtoMessage() {}
 
 func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[23]
+	mi := &file_agent_api_conseal_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1571,7 +1695,7 @@ func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
 func (*ResumeRequest) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{23}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ResumeRequest) GetKey() string {
@@ -1600,7 +1724,7 @@ type SuspensionResponse struct {
 
 func (x *SuspensionResponse) Reset() {
 	*x = SuspensionResponse{}
-	mi := &file_agent_api_conseal_proto_msgTypes[24]
+	mi := &file_agent_api_conseal_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1612,7 +1736,7 @@ func (x *SuspensionResponse) String() string {
 func (*SuspensionResponse) ProtoMessage() {}
 
 func (x *SuspensionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[24]
+	mi := &file_agent_api_conseal_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1625,7 +1749,7 @@ func (x *SuspensionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SuspensionResponse.ProtoReflect.Descriptor instead.
 func (*SuspensionResponse) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{24}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SuspensionResponse) GetKeys() []*Key {
@@ -1650,7 +1774,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_agent_api_conseal_proto_msgTypes[25]
+	mi := &file_agent_api_conseal_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1662,7 +1786,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[25]
+	mi := &file_agent_api_conseal_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1675,7 +1799,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{25}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{26}
 }
 
 type StatusResponse struct {
@@ -1706,7 +1830,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_agent_api_conseal_proto_msgTypes[26]
+	mi := &file_agent_api_conseal_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1718,7 +1842,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[26]
+	mi := &file_agent_api_conseal_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1731,7 +1855,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{26}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *StatusResponse) GetFleet() string {
@@ -1841,7 +1965,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_agent_api_conseal_proto_msgTypes[27]
+	mi := &file_agent_api_conseal_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1853,7 +1977,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[27]
+	mi := &file_agent_api_conseal_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1866,7 +1990,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{27}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Peer) GetName() string {
@@ -1925,7 +2049,7 @@ type ErrorInfo struct {
 
 func (x *ErrorInfo) Reset() {
 	*x = ErrorInfo{}
-	mi := &file_agent_api_conseal_proto_msgTypes[28]
+	mi := &file_agent_api_conseal_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1937,7 +2061,7 @@ func (x *ErrorInfo) String() string {
 func (*ErrorInfo) ProtoMessage() {}
 
 func (x *ErrorInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_api_conseal_proto_msgTypes[28]
+	mi := &file_agent_api_conseal_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1950,7 +2074,7 @@ func (x *ErrorInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ErrorInfo.ProtoReflect.Descriptor instead.
 func (*ErrorInfo) Descriptor() ([]byte, []int) {
-	return file_agent_api_conseal_proto_rawDescGZIP(), []int{28}
+	return file_agent_api_conseal_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ErrorInfo) GetReason() string {
@@ -2017,7 +2141,7 @@ const file_agent_api_conseal_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\"\x11\n" +
 	"\x0fListKeysRequest\"7\n" +
 	"\x10ListKeysResponse\x12#\n" +
-	"\x04keys\x18\x01 \x03(\v2\x0f.conseal.v1.KeyR\x04keys\"\x83\x04\n" +
+	"\x04keys\x18\x01 \x03(\v2\x0f.conseal.v1.KeyR\x04keys\"\xdf\x04\n" +
 	"\x03Key\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06scheme\x18\x02 \x01(\tR\x06scheme\x12\x16\n" +
@@ -2038,7 +2162,19 @@ const file_agent_api_conseal_proto_rawDesc = "" +
 	"\rpresignatures\x18\x0f \x03(\v2\x19.conseal.v1.PresignaturesR\rpresignatures\x12\x12\n" +
 	"\x04open\x18\x10 \x01(\tR\x04open\x12\x12\n" +
 	"\x04next\x18\x11 \x01(\tR\x04next\x12\x14\n" +
-	"\x05since\x18\x12 \x01(\tR\x05since\"W\n" +
+	"\x05since\x18\x12 \x01(\tR\x05since\x12/\n" +
+	"\breceipts\x18\x1e \x03(\v2\x13.conseal.v1.ReceiptR\breceipts\x12)\n" +
+	"\x10receipts_missing\x18\x1f \x03(\tR\x0freceiptsMissing\"\xdb\x01\n" +
+	"\aReceipt\x12\x12\n" +
+	"\x04host\x18\x01 \x01(\tR\x04host\x12\x12\n" +
+	"\x04time\x18\x02 \x01(\tR\x04time\x12\x1c\n" +
+	"\tprotector\x18\x03 \x01(\tR\tprotector\x12\x16\n" +
+	"\x06shares\x18\x04 \x01(\x04R\x06shares\x12!\n" +
+	"\froots_before\x18\x05 \x01(\x04R\vrootsBefore\x12\x1f\n" +
+	"\vroots_after\x18\x06 \x01(\x04R\n" +
+	"rootsAfter\x12\x14\n" +
+	"\x05proof\x18\a \x01(\fR\x05proof\x12\x18\n" +
+	"\aencoded\x18\b \x01(\fR\aencoded\"W\n" +
 	"\rPresignatures\x12\x18\n" +
 	"\asigners\x18\x01 \x03(\tR\asigners\x12\x14\n" +
 	"\x05ready\x18\x02 \x01(\rR\x05ready\x12\x16\n" +
@@ -2143,7 +2279,7 @@ func file_agent_api_conseal_proto_rawDescGZIP() []byte {
 	return file_agent_api_conseal_proto_rawDescData
 }
 
-var file_agent_api_conseal_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_agent_api_conseal_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_agent_api_conseal_proto_goTypes = []any{
 	(*MeasureRequest)(nil),     // 0: conseal.v1.MeasureRequest
 	(*MeasureResponse)(nil),    // 1: conseal.v1.MeasureResponse
@@ -2159,61 +2295,63 @@ var file_agent_api_conseal_proto_goTypes = []any{
 	(*ListKeysRequest)(nil),    // 11: conseal.v1.ListKeysRequest
 	(*ListKeysResponse)(nil),   // 12: conseal.v1.ListKeysResponse
 	(*Key)(nil),                // 13: conseal.v1.Key
-	(*Presignatures)(nil),      // 14: conseal.v1.Presignatures
-	(*RefreshRequest)(nil),     // 15: conseal.v1.RefreshRequest
-	(*LoadRosterRequest)(nil),  // 16: conseal.v1.LoadRosterRequest
-	(*LoadRosterResponse)(nil), // 17: conseal.v1.LoadRosterResponse
-	(*DrillRequest)(nil),       // 18: conseal.v1.DrillRequest
-	(*DrillResponse)(nil),      // 19: conseal.v1.DrillResponse
-	(*DrilledKey)(nil),         // 20: conseal.v1.DrilledKey
-	(*DrilledHost)(nil),        // 21: conseal.v1.DrilledHost
-	(*SuspendRequest)(nil),     // 22: conseal.v1.SuspendRequest
-	(*ResumeRequest)(nil),      // 23: conseal.v1.ResumeRequest
-	(*SuspensionResponse)(nil), // 24: conseal.v1.SuspensionResponse
-	(*StatusRequest)(nil),      // 25: conseal.v1.StatusRequest
-	(*StatusResponse)(nil),     // 26: conseal.v1.StatusResponse
-	(*Peer)(nil),               // 27: conseal.v1.Peer
-	(*ErrorInfo)(nil),          // 28: conseal.v1.ErrorInfo
+	(*Receipt)(nil),            // 14: conseal.v1.Receipt
+	(*Presignatures)(nil),      // 15: conseal.v1.Presignatures
+	(*RefreshRequest)(nil),     // 16: conseal.v1.RefreshRequest
+	(*LoadRosterRequest)(nil),  // 17: conseal.v1.LoadRosterRequest
+	(*LoadRosterResponse)(nil), // 18: conseal.v1.LoadRosterResponse
+	(*DrillRequest)(nil),       // 19: conseal.v1.DrillRequest
+	(*DrillResponse)(nil),      // 20: conseal.v1.DrillResponse
+	(*DrilledKey)(nil),         // 21: conseal.v1.DrilledKey
+	(*DrilledHost)(nil),        // 22: conseal.v1.DrilledHost
+	(*SuspendRequest)(nil),     // 23: conseal.v1.SuspendRequest
+	(*ResumeRequest)(nil),      // 24: conseal.v1.ResumeRequest
+	(*SuspensionResponse)(nil), // 25: conseal.v1.SuspensionResponse
+	(*StatusRequest)(nil),      // 26: conseal.v1.StatusRequest
+	(*StatusResponse)(nil),     // 27: conseal.v1.StatusResponse
+	(*Peer)(nil),               // 28: conseal.v1.Peer
+	(*ErrorInfo)(nil),          // 29: conseal.v1.ErrorInfo
 }
 var file_agent_api_conseal_proto_depIdxs = []int32{
 	4,  // 0: conseal.v1.PoliciesResponse.policies:type_name -> conseal.v1.Policy
 	5,  // 1: conseal.v1.Policy.changed:type_name -> conseal.v1.PCRChange
 	13, // 2: conseal.v1.ListKeysResponse.keys:type_name -> conseal.v1.Key
-	14, // 3: conseal.v1.Key.presignatures:type_name -> conseal.v1.Presignatures
-	20, // 4: conseal.v1.DrillResponse.keys:type_name -> conseal.v1.DrilledKey
-	21, // 5: conseal.v1.DrilledKey.hosts:type_name -> conseal.v1.DrilledHost
-	13, // 6: conseal.v1.SuspensionResponse.keys:type_name -> conseal.v1.Key
-	27, // 7: conseal.v1.StatusResponse.peers:type_name -> conseal.v1.Peer
-	13, // 8: conseal.v1.StatusResponse.keys:type_name -> conseal.v1.Key
-	8,  // 9: conseal.v1.Signer.Sign:input_type -> conseal.v1.SignRequest
-	10, // 10: conseal.v1.Signer.GetKey:input_type -> conseal.v1.GetKeyRequest
-	11, // 11: conseal.v1.Signer.ListKeys:input_type -> conseal.v1.ListKeysRequest
-	25, // 12: conseal.v1.Admin.Status:input_type -> conseal.v1.StatusRequest
-	15, // 13: conseal.v1.Admin.Refresh:input_type -> conseal.v1.RefreshRequest
-	16, // 14: conseal.v1.Admin.LoadRoster:input_type -> conseal.v1.LoadRosterRequest
-	18, // 15: conseal.v1.Admin.Drill:input_type -> conseal.v1.DrillRequest
-	22, // 16: conseal.v1.Admin.Suspend:input_type -> conseal.v1.SuspendRequest
-	23, // 17: conseal.v1.Admin.Resume:input_type -> conseal.v1.ResumeRequest
-	0,  // 18: conseal.v1.Seal.Measure:input_type -> conseal.v1.MeasureRequest
-	2,  // 19: conseal.v1.Seal.Policies:input_type -> conseal.v1.PoliciesRequest
-	6,  // 20: conseal.v1.Seal.Install:input_type -> conseal.v1.InstallRequest
-	9,  // 21: conseal.v1.Signer.Sign:output_type -> conseal.v1.SignResponse
-	13, // 22: conseal.v1.Signer.GetKey:output_type -> conseal.v1.Key
-	12, // 23: conseal.v1.Signer.ListKeys:output_type -> conseal.v1.ListKeysResponse
-	26, // 24: conseal.v1.Admin.Status:output_type -> conseal.v1.StatusResponse
-	13, // 25: conseal.v1.Admin.Refresh:output_type -> conseal.v1.Key
-	17, // 26: conseal.v1.Admin.LoadRoster:output_type -> conseal.v1.LoadRosterResponse
-	19, // 27: conseal.v1.Admin.Drill:output_type -> conseal.v1.DrillResponse
-	24, // 28: conseal.v1.Admin.Suspend:output_type -> conseal.v1.SuspensionResponse
-	24, // 29: conseal.v1.Admin.Resume:output_type -> conseal.v1.SuspensionResponse
-	1,  // 30: conseal.v1.Seal.Measure:output_type -> conseal.v1.MeasureResponse
-	3,  // 31: conseal.v1.Seal.Policies:output_type -> conseal.v1.PoliciesResponse
-	7,  // 32: conseal.v1.Seal.Install:output_type -> conseal.v1.InstallResponse
-	21, // [21:33] is the sub-list for method output_type
-	9,  // [9:21] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	15, // 3: conseal.v1.Key.presignatures:type_name -> conseal.v1.Presignatures
+	14, // 4: conseal.v1.Key.receipts:type_name -> conseal.v1.Receipt
+	21, // 5: conseal.v1.DrillResponse.keys:type_name -> conseal.v1.DrilledKey
+	22, // 6: conseal.v1.DrilledKey.hosts:type_name -> conseal.v1.DrilledHost
+	13, // 7: conseal.v1.SuspensionResponse.keys:type_name -> conseal.v1.Key
+	28, // 8: conseal.v1.StatusResponse.peers:type_name -> conseal.v1.Peer
+	13, // 9: conseal.v1.StatusResponse.keys:type_name -> conseal.v1.Key
+	8,  // 10: conseal.v1.Signer.Sign:input_type -> conseal.v1.SignRequest
+	10, // 11: conseal.v1.Signer.GetKey:input_type -> conseal.v1.GetKeyRequest
+	11, // 12: conseal.v1.Signer.ListKeys:input_type -> conseal.v1.ListKeysRequest
+	26, // 13: conseal.v1.Admin.Status:input_type -> conseal.v1.StatusRequest
+	16, // 14: conseal.v1.Admin.Refresh:input_type -> conseal.v1.RefreshRequest
+	17, // 15: conseal.v1.Admin.LoadRoster:input_type -> conseal.v1.LoadRosterRequest
+	19, // 16: conseal.v1.Admin.Drill:input_type -> conseal.v1.DrillRequest
+	23, // 17: conseal.v1.Admin.Suspend:input_type -> conseal.v1.SuspendRequest
+	24, // 18: conseal.v1.Admin.Resume:input_type -> conseal.v1.ResumeRequest
+	0,  // 19: conseal.v1.Seal.Measure:input_type -> conseal.v1.MeasureRequest
+	2,  // 20: conseal.v1.Seal.Policies:input_type -> conseal.v1.PoliciesRequest
+	6,  // 21: conseal.v1.Seal.Install:input_type -> conseal.v1.InstallRequest
+	9,  // 22: conseal.v1.Signer.Sign:output_type -> conseal.v1.SignResponse
+	13, // 23: conseal.v1.Signer.GetKey:output_type -> conseal.v1.Key
+	12, // 24: conseal.v1.Signer.ListKeys:output_type -> conseal.v1.ListKeysResponse
+	27, // 25: conseal.v1.Admin.Status:output_type -> conseal.v1.StatusResponse
+	13, // 26: conseal.v1.Admin.Refresh:output_type -> conseal.v1.Key
+	18, // 27: conseal.v1.Admin.LoadRoster:output_type -> conseal.v1.LoadRosterResponse
+	20, // 28: conseal.v1.Admin.Drill:output_type -> conseal.v1.DrillResponse
+	25, // 29: conseal.v1.Admin.Suspend:output_type -> conseal.v1.SuspensionResponse
+	25, // 30: conseal.v1.Admin.Resume:output_type -> conseal.v1.SuspensionResponse
+	1,  // 31: conseal.v1.Seal.Measure:output_type -> conseal.v1.MeasureResponse
+	3,  // 32: conseal.v1.Seal.Policies:output_type -> conseal.v1.PoliciesResponse
+	7,  // 33: conseal.v1.Seal.Install:output_type -> conseal.v1.InstallResponse
+	22, // [22:34] is the sub-list for method output_type
+	10, // [10:22] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_agent_api_conseal_proto_init() }
@@ -2227,7 +2365,7 @@ func file_agent_api_conseal_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_api_conseal_proto_rawDesc), len(file_agent_api_conseal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   29,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -801,6 +801,7 @@ type KeyStatus struct {
 	Active        *Number                `protobuf:"bytes,8,opt,name=active,proto3" json:"active,omitempty"`
 	Certificate   []byte                 `protobuf:"bytes,9,opt,name=certificate,proto3" json:"certificate,omitempty"` // id of the active certificate
 	Suspended     uint64                 `protobuf:"varint,10,opt,name=suspended,proto3" json:"suspended,omitempty"`   // since when the sender signs nothing with the key, Unix seconds; 0: it signs
+	Receipts      [][]byte               `protobuf:"bytes,11,rep,name=receipts,proto3" json:"receipts,omitempty"`      // of the key's deletion: epoch.Receipt, encoded
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -903,6 +904,13 @@ func (x *KeyStatus) GetSuspended() uint64 {
 		return x.Suspended
 	}
 	return 0
+}
+
+func (x *KeyStatus) GetReceipts() [][]byte {
+	if x != nil {
+		return x.Receipts
+	}
+	return nil
 }
 
 type CertificateRequest struct {
@@ -1056,7 +1064,7 @@ const file_agent_peer_peer_proto_rawDesc = "" +
 	"\tcomplaint\x18\x04 \x01(\fR\tcomplaint\"Q\n" +
 	"\x06Staged\x12/\n" +
 	"\x06number\x18\x01 \x01(\v2\x17.conseal.peer.v1.NumberR\x06number\x12\x16\n" +
-	"\x06output\x18\x02 \x01(\fR\x06output\"\xde\x02\n" +
+	"\x06output\x18\x02 \x01(\fR\x06output\"\xfa\x02\n" +
 	"\tKeyStatus\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x14\n" +
@@ -1068,7 +1076,8 @@ const file_agent_peer_peer_proto_rawDesc = "" +
 	"\x06active\x18\b \x01(\v2\x17.conseal.peer.v1.NumberR\x06active\x12 \n" +
 	"\vcertificate\x18\t \x01(\fR\vcertificate\x12\x1c\n" +
 	"\tsuspended\x18\n" +
-	" \x01(\x04R\tsuspended\"H\n" +
+	" \x01(\x04R\tsuspended\x12\x1a\n" +
+	"\breceipts\x18\v \x03(\fR\breceipts\"H\n" +
 	"\x12CertificateRequest\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\"4\n" +

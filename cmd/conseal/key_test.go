@@ -1,0 +1,34 @@
+package main
+
+import (
+	"strings"
+	"testing"
+
+	"conseal/agent/api/apipb"
+)
+
+// TestShowReceipts wants each receipt in words, and who has sent none.
+func TestShowReceipts(t *testing.T) {
+	var out strings.Builder
+	err := printKey(&out, &apipb.Key{
+		Name: "first", Condition: "deleted", ReceiptsMissing: []string{"delta", "epsilon"},
+		Receipts: []*apipb.Receipt{
+			{Host: "alpha", Time: "2026-01-02T03:04:05Z", Protector: "tpm", Shares: 1, RootsBefore: 7, RootsAfter: 8, Proof: make([]byte, 300)},
+			{Host: "beta", Time: "2026-01-02T03:04:06Z", Protector: "hsm", Shares: 2, RootsBefore: 1, RootsAfter: 2},
+			{Host: "gamma", Time: "2026-01-02T03:04:07Z", Protector: "tpm"},
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"alpha erased its share at 2026-01-02T03:04:05Z, root 7 became 8; signed by the host, certified by its tpm (300 bytes, in --json)",
+		"beta erased 2 shares at 2026-01-02T03:04:06Z, root 1 became 2; signed by the host, its hardware certifies nothing",
+		"gamma held no share at",
+		"delta, epsilon",
+	} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("got %s\nwant %s in it", &out, want)
+		}
+	}
+}
