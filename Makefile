@@ -60,8 +60,9 @@ bench: deps ## measure, one figure a line: bench NAME VALUE UNIT; the TPM and HS
 fuzz: ## fuzz every decoder, FUZZTIME each (default 1m): make fuzz FUZZ=protocol/cmp FUZZTIME=10m
 	@./internal/fuzz.sh $(or $(FUZZTIME),1m) $(FUZZ)
 
-soak: deps ## the crash tests many times over, two minutes of all schemes at once, 70,000 uses of a TPM, all faults of an HSM, kills around both
+soak: deps ## the crash tests many times over, chaos around new epochs, two minutes of all schemes at once, 70,000 uses of a TPM, all faults of an HSM, kills around both
 	$(GO) test -count=1 -timeout 2h -run 'Random|NoPresignatureTwice|AllSchemesAtOnce' -v ./agent -soak
+	$(GO) test -count=1 -timeout 6h -run Chaos -v ./agent -soak
 	$(GO) test -count=1 -timeout 2h -run 'ManyUses|Killed' -v ./tpm -soak
 	$(GO) test -count=1 -timeout 2h -run 'RandomChanges' -v ./protocol/cmp -soak
 	$(GO) test -count=1 -timeout 2h -run 'Kill|Fault|SessionsLost|TokenGone' -v ./hsm -soak

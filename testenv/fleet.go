@@ -1,6 +1,7 @@
 package testenv
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -32,6 +33,8 @@ type Fleet struct {
 	Level  string // of the agents' logs
 	Env    []string
 	Limits string // a [limits] table of each host's configuration
+
+	network *Network // nil unless it was asked for
 }
 
 // Host is one host of a [Fleet].
@@ -47,6 +50,7 @@ type Host struct {
 	Env       []string
 
 	fleet   *Fleet
+	listen  string // where the agent listens, if there is a proxy at Address
 	process *Process
 	log     *os.File
 	client  *api.Client
@@ -183,7 +187,7 @@ admin_socket = %q
 [log]
 level = %q
 %s
-%s`, h.Name, h.State(), h.fleet.RosterFile(), h.Address, h.SignSocket(), h.AdminSocket(), h.fleet.Level, protector, h.fleet.Limits)
+%s`, h.Name, h.State(), h.fleet.RosterFile(), cmp.Or(h.listen, h.Address), h.SignSocket(), h.AdminSocket(), h.fleet.Level, protector, h.fleet.Limits)
 	return os.WriteFile(h.ConfigFile(), []byte(text), 0o600)
 }
 
@@ -477,5 +481,8 @@ func (f *Fleet) Close() error {
 		}
 		return err
 	})
+	if f.network != nil {
+		err = errors.Join(err, f.network.Close())
+	}
 	return errors.Join(err, os.RemoveAll(f.Dir))
 }
