@@ -131,7 +131,7 @@ func (a *Agent) fitting(k *key, v *vault.Vault) (fits []epoch.Staged) {
 
 // overdue tells whether the shares are older than the roster wants; k.mu is held.
 func (k *key) overdue() bool {
-	every := k.entry().Refresh
+	every := time.Duration(k.entry().Refresh)
 	return every > 0 && k.known != nil && !k.since.IsZero() && time.Since(k.since) > every
 }
 

@@ -92,7 +92,7 @@ type Key struct {
 	// Refresh is how old shares may get, such as "720h", 1m to 87600h: then the hosts
 	// make new ones, under the same public key, and old ones are of no use. Empty: they
 	// are replaced when hosts or quorum change, and by "conseal key refresh".
-	Refresh time.Duration `toml:"refresh,omitempty"`
+	Refresh Delay `toml:"refresh,omitempty"`
 	// DeleteAfter is how long a deletion waits, such as "24h", 0s to 8760h: each host
 	// counts from when it first took up a roster with state "deleted", and then erases
 	// what it holds. Until then a newer roster with another state revokes it. A roster

@@ -323,7 +323,7 @@ protector = "tpm"
 	if got, want := r.Digest(), whole.sum(); got != want {
 		t.Errorf("Digest: got %x, want %x", got, want)
 	}
-	r.Keys[0].Refresh = time.Hour
+	r.Keys[0].Refresh = config.Delay(time.Hour)
 	whole.text("refresh =").number(uint64(time.Hour))
 	if got, want := r.Digest(), whole.sum(); got != want {
 		t.Errorf("Digest with a refresh: got %x, want %x", got, want)

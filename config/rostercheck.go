@@ -103,7 +103,7 @@ func (c *keyChecker) check(at string, k *Key) {
 	}
 	c.checkBirth(at, k)
 	if k.Refresh != 0 {
-		c.lasts(at+"refresh", k.Refresh, time.Minute, 10*365*24*time.Hour)
+		c.lasts(at+"refresh", time.Duration(k.Refresh), time.Minute, 10*365*24*time.Hour)
 	}
 	c.lasts(at+"delete_after", time.Duration(k.DeleteAfter), 0, 365*24*time.Hour)
 	for _, u := range k.Users {

@@ -48,6 +48,7 @@ import (
 //	roster KEY FIELD=VALUE...  change a key's entry (hosts=a,b,c, quorum=3, ...), pin its public key if it has one, and have all agents that run load the roster
 //	epoch KEY HOST...      wait until these hosts have a new epoch of the key, the same
 //	left KEY HOST...       wait until these hosts have erased their shares of the key
+//	erased KEY HOST...     wait until these hosts have the receipts of all hosts that erased the key
 //	replace HOST...        put a new board in the place of a host: hardware, disk and identity are new
 //	on HOST                let conseal talk to this host's sockets from now on
 //	run PROGRAM ARG...     run a program and show what it prints; `! run` wants it to fail
@@ -70,7 +71,7 @@ func Stories(ctx context.Context, bin Binaries, dir string, live io.Writer) (p t
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"say": s.say, "token": s.token, "team": s.team, "fleet": s.fleet, "measure": s.measure, "boot": s.boot, "fault": s.fault, "reboot": s.reboot,
-			"image": s.image, "putback": s.putback, "key": s.key, "roster": s.roster, "epoch": s.epoch, "left": s.left, "replace": s.replace, "up": s.up, "down": s.down,
+			"image": s.image, "putback": s.putback, "key": s.key, "roster": s.roster, "epoch": s.epoch, "left": s.left, "erased": s.erased, "replace": s.replace, "up": s.up, "down": s.down,
 			"crash": s.crash, "ready": s.ready, "on": s.on, "run": s.run, "end": s.end,
 		},
 	}
@@ -471,6 +472,33 @@ func (s *storyteller) left(ts *testscript.TestScript, neg bool, args []string) {
 			}
 			s.tell("   %s holds nothing of key %s any more", h.Name, args[0])
 		}
+		return nil
+	})
+}
+
+func (s *storyteller) erased(ts *testscript.TestScript, neg bool, args []string) {
+	s.step(ts, neg, func(ctx context.Context, st *story) error {
+		if len(args) < 2 {
+			return errors.New("usage, after up: erased KEY HOST [HOST...]")
+		}
+		hosts, err := s.hosts(st, args[1:])
+		if err != nil {
+			return err
+		}
+		for _, h := range hosts {
+			for tick := time.Tick(20 * time.Millisecond); ; {
+				k, err := h.Client().GetKey(ctx, args[0])
+				if err == nil && len(k.Receipts) == len(hosts) {
+					break
+				}
+				select {
+				case <-tick:
+				case <-ctx.Done():
+					return fmt.Errorf("host %s lacks receipts of key %s: %w: %s", h.Name, args[0], err, h.LogTail())
+				}
+			}
+		}
+		s.tell("   %s have erased key %s, and have each other's receipts", strings.Join(args[1:], ", "), args[0])
 		return nil
 	})
 }

@@ -99,6 +99,8 @@ func printKey(w io.Writer, k *apipb.Key) error {
 	}
 	if len(k.PublicKey) > 0 {
 		line("public key", "%s", hex.EncodeToString(k.PublicKey))
+	}
+	if k.EpochRoster > 0 {
 		line("epoch", "%d.%d since %s, certificate %s", k.EpochRoster, k.EpochAttempt, k.Since, short(k.Certificate))
 	}
 	if k.Next != "" {
