@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -446,10 +447,12 @@ func destroy(t *testing.T, tok *testenv.Token, label string) {
 	}
 }
 
-// slotOf is SoftHSM's slot number, which it makes of the serial number.
+// slotOf is SoftHSM's slot number, which it makes of the last 31 bits of the serial number.
 func slotOf(t *testing.T, tok *testenv.Token) string {
 	t.Helper()
-	return "0x" + string("01234567"[tok.Serial[8]&7]) + tok.Serial[9:]
+	n, err := strconv.ParseUint(tok.Serial[8:], 16, 32)
+	must(t, err)
+	return fmt.Sprintf("0x%x", n&0x7fffffff)
 }
 
 // TestTokensThatAreNoPair are refused when both are wanted, and the second is not used.
