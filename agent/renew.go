@@ -376,6 +376,11 @@ func (a *Agent) joinReshare(ctx context.Context, from protocol.HostID, k *key, b
 	defer k.birth.Unlock()
 	v := a.vault.Load()
 	if err := a.mayReshare(k, v, r); err != nil {
+		if v != nil { // the leader may have counted on something else
+			record, _ := v.Record(k.id)
+			a.see(k, v, record)
+			a.tell(from, k)
+		}
 		return err
 	}
 	ctx, end := a.startGeneration(ctx, k)

@@ -22,6 +22,7 @@ import (
 	"conseal/agent/peer/peerpb"
 	"conseal/agent/vault"
 	"conseal/config"
+	"conseal/internal/secret"
 	"conseal/protocol"
 )
 
@@ -455,5 +456,22 @@ func TestManyHosts(t *testing.T) {
 		if ok(t, err); len(signers) != of.quorum {
 			t.Errorf("%d signers, want %d", len(signers), of.quorum)
 		}
+	}
+}
+
+// TestLeftoversMakeRoom fills a vault with shares of resharings that came to nothing: the
+// next one goes through.
+func TestLeftoversMakeRoom(t *testing.T) {
+	l := born(t)
+	n := l.epochOf("alpha")
+	v, k := l.hosts["alpha"].agent.vault.Load(), l.key("alpha")
+	for i := range vault.MaxStaged - 1 {
+		at := vault.Number{Roster: n.Roster, Attempt: n.Attempt + 1 + uint64(i)}
+		ok(t, v.Stage(t.Context(), vault.Held, k.id, at, vault.Output{byte(i)}, vault.Origin{Parent: [32]byte{1}}, nil, secret.Random(32)))
+	}
+	l.refresh("beta") // which hears of them when alpha refuses a number that is not above
+	l.untilEpoch(n, "alpha", "beta", "gamma")
+	if _, err := l.sign("alpha", []byte("with room again")); err != nil {
+		t.Error(err)
 	}
 }
