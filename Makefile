@@ -37,12 +37,13 @@ demo: deps build ## three hosts make a key, sign a file, and openssl verifies it
 story: deps ## run one story and print each step as it happens: make story NAME=demo
 	@$(GO) run ./testenv/story $(NAME)
 
-# -count=1: results of tests that build and run the binaries must not be kept. ECDSA, which
-# takes longest, comes first, beside those that wait for devices.
+# -count=1: results of tests that build and run the binaries must not be kept. ECDSA, whose
+# sessions are one goroutine each, is without the race detector, beside what waits for
+# devices; make soak has the detector on.
 test: deps check ## all tests
-	$(GO) test $(RACE) -count=1 -timeout 20m -skip '$(SWEEPS)' ./protocol/cmp $$($(GO) list ./... | grep -v -e /agent$$ -e /hsm/helper$$ -e /protocol/cmp$$)
-	$(GO) test -count=1 -timeout 20m ./hsm/helper & helper=$$!; \
-	$(GO) test -count=1 -timeout 20m -run '$(SWEEPS)' ./hsm; sweeps=$$?; wait $$helper && exit $$sweeps
+	$(GO) test $(RACE) -count=1 -timeout 20m -skip '$(SWEEPS)' $$($(GO) list ./... | grep -v -e /agent$$ -e /hsm/helper$$ -e /protocol/cmp$$)
+	$(GO) test -count=1 -timeout 20m -p 1 ./hsm/helper ./protocol/cmp & others=$$!; \
+	$(GO) test -count=1 -timeout 20m -run '$(SWEEPS)' ./hsm; sweeps=$$?; wait $$others && exit $$sweeps
 	$(GO) test $(RACE) -count=1 -timeout 45m ./agent # by itself: its hosts presign at low priority
 	CGO_ENABLED=0 $(GO) build -o /dev/null ./cmd/conseald
 	CGO_ENABLED=0 $(GO) build -o /dev/null ./cmd/conseal
@@ -61,12 +62,13 @@ fuzz: ## fuzz every decoder, FUZZTIME each (default 1m): make fuzz FUZZ=protocol
 	@./internal/fuzz.sh $(or $(FUZZTIME),1m) $(FUZZ)
 
 soak: deps ## the crash tests many times over, chaos around new epochs, two minutes of all schemes at once, 70,000 uses of a TPM, all faults of an HSM, kills around both
-	$(GO) test -count=1 -timeout 2h -run 'Random|NoPresignatureTwice|AllSchemesAtOnce' -v ./agent -soak
+	$(GO) test -count=1 -timeout 2h -run 'Random|NoPresignatureTwice|AllSchemesAtOnce|TestReshare' -v ./agent -soak
 	$(GO) test -count=1 -timeout 6h -run Chaos -v ./agent -soak
 	$(GO) test -count=1 -timeout 2h -run 'ManyUses|Killed' -v ./tpm -soak
 	$(GO) test -count=1 -timeout 2h -run 'RandomChanges' -v ./protocol/cmp -soak
 	$(GO) test -count=1 -timeout 2h -run 'Kill|Fault|SessionsLost|TokenGone' -v ./hsm -soak
-	$(GO) test $(RACE) -count=1 -timeout 2h ./hsm ./hsm/helper
+	$(GO) test -count=1 -timeout 2h ./agent/epoch -soak
+	$(GO) test $(RACE) -count=1 -timeout 2h ./protocol/cmp ./hsm ./hsm/helper
 
 generate: ## make the code of the .proto files again
 	$(GO) generate ./agent/api
