@@ -139,6 +139,9 @@ func lyingPresigner(t *testing.T, l *lab) {
 		if n := shares(one) + shares(two) + shares(again); n != 1 {
 			t.Errorf("one presignature gave %d signature shares", n)
 		}
+		for _, b := range []*protocol.Binding{one, two} { // else alpha waits for the rogue's share
+			r.send("alpha", endFrame(b.ID(), reasonAborted, "done"))
+		}
 		p.discard()
 	})
 	for name, wrong := range map[string]func(p *presigned) (*protocol.Binding, string){
