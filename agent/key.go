@@ -53,6 +53,7 @@ type key struct {
 	next       string                       // how it stands with the next epoch, for people; "" if none is wanted
 	settled    bool                         // next is ""
 	cheats     map[protocol.HostID]bool     // dealers that are proven to have cheated
+	dealt      map[protocol.SessionID]bool  // sessions led by others in which this host dealt, from the epoch that is known
 	asked      [32]byte                     // certificate of an epoch that a person wants to end
 	idle       time.Time                    // since when nothing happened to the next epoch, for who is to lead after whom
 	receipts   map[protocol.HostID]*receipt // of the key's deletion; not empty if a host erased it
@@ -105,6 +106,7 @@ func newKey(d *declared) (*key, error) {
 		views:      map[protocol.HostID]epoch.View{},
 		statements: map[protocol.HostID]said{},
 		cheats:     map[protocol.HostID]bool{},
+		dealt:      map[protocol.SessionID]bool{},
 		failed:     map[protocol.HostID]time.Time{},
 		suspended:  map[protocol.HostID]time.Time{},
 		signing:    map[context.Context]context.CancelCauseFunc{},
@@ -248,6 +250,7 @@ func (k *key) learn(n *known) {
 	defer k.mu.Unlock()
 	if k.known.number().Compare(n.number()) < 0 {
 		k.known, k.asked, k.idle, k.settled = n, [32]byte{}, time.Time{}, false
+		clear(k.dealt) // the base is part of a session's id
 		k.tellNews()
 	}
 }

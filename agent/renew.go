@@ -383,6 +383,9 @@ func (a *Agent) joinReshare(ctx context.Context, from protocol.HostID, k *key, b
 		}
 		return err
 	}
+	if slices.Contains(dealers, a.self) && !k.deals(box.id) {
+		return a.refuse(reasonRefused, "it has dealt under this session's id before")
+	}
 	ctx, end := a.startGeneration(ctx, k)
 	defer end()
 	if err := a.net.Send(from, readyFrame(box.id)); err != nil {
@@ -396,6 +399,18 @@ func (a *Agent) joinReshare(ctx context.Context, from protocol.HostID, k *key, b
 	err = a.runReshare(ctx, k, v, r, box, early)
 	a.blameReshare(k, r, box.id, err)
 	return err
+}
+
+// deals notes that this host deals in a session, once: who had it sign two dealings under
+// one id could prove that it cheats.
+func (k *key) deals(id protocol.SessionID) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.dealt[id] {
+		return false
+	}
+	k.dealt[id] = true
+	return true
 }
 
 // checkBase checks the epoch that others want to reshare from. A host that knows a

@@ -284,6 +284,11 @@ func (r *rogue) leads(res *resharing, change func(*peerpb.Open)) (*inbox, error)
 	r.t.Helper()
 	var nonce [32]byte
 	rand.Read(nonce[:])
+	return r.leadsAs(res, nonce, change)
+}
+
+func (r *rogue) leadsAs(res *resharing, nonce [32]byte, change func(*peerpb.Open)) (*inbox, error) {
+	r.t.Helper()
 	b := res.binding(r.key, nonce)
 	encoded, err := res.base.certificate.Encode()
 	ok(r.t, err)
@@ -339,9 +344,12 @@ func TestDealerWithTwoFaces(t *testing.T) {
 		ready, err := faces[victim].Start()
 		step(victim, ready, err)
 	}
-	ev := <-box.events // beta has dealt
-	if ev.step == nil || ev.step.Round != 1 {
-		t.Fatalf("%s: %+v", ev.from, ev)
+	ev := <-box.events
+	for ev.from != "beta" || ev.step == nil || ev.step.Round != 1 { // gamma's echo may come before what beta deals
+		if ev.err != nil {
+			t.Fatal(ev.err)
+		}
+		ev = <-box.events
 	}
 	for victim, face := range faces {
 		ready, err := face.Step(protocol.Message{Session: box.id, From: ev.from, To: "alpha", Round: 1, Body: ev.step.Body})
@@ -473,5 +481,29 @@ func TestLeftoversMakeRoom(t *testing.T) {
 	l.untilEpoch(n, "alpha", "beta", "gamma")
 	if _, err := l.sign("alpha", []byte("with room again")); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestFramedDealer has a leader use one session id twice, to get two dealings of an honest
+// dealer under it: that would prove that it cheats.
+func TestFramedDealer(t *testing.T) {
+	l := born(t)
+	n := l.epochOf("beta")
+	ok(t, l.hosts["alpha"].stop())
+	base, share := l.share("alpha")
+	share.close()
+	r := l.betray("alpha")
+	r.connected()
+	res := newResharing(r.key, base, []protocol.HostID{"alpha", "beta"}, vault.Number{Roster: 1, Attempt: n.Attempt + 1})
+	box, err := r.leadsAs(res, [32]byte{1}, nil)
+	ok(t, err)
+	if ev := <-box.events; ev.from != "beta" || ev.step == nil || ev.step.Round != 1 { // gamma has nothing to say yet
+		t.Fatalf("beta does not deal: %+v", ev)
+	}
+	hangUp(box, func(to protocol.HostID, f *peerpb.Frame) error { r.send(to, f); return nil }, errors.New("again"))
+	r.sessions.close(box)
+	l.until("beta has left the session", func() bool { return !l.hosts["beta"].agent.generating(l.key("beta")) })
+	if _, err := r.leadsAs(res, [32]byte{1}, nil); err == nil || !strings.Contains(err.Error(), "dealt under this session's id") {
+		t.Errorf("the same id again: %v", err)
 	}
 }
