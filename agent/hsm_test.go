@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -138,13 +139,18 @@ func TestNoPINAnywhere(t *testing.T) {
 		}
 		must(t, os.Remove(planted))
 	}
-	inEnvironment, inArguments := exec.Command("sleep", "600"), exec.Command("cat", "-", string(pin))
+	inEnvironment, inArguments := exec.Command("cat"), exec.Command("cat", "-", string(pin))
 	inEnvironment.Env = append(os.Environ(), "PIN="+string(pin))
-	open, err := inArguments.StdinPipe() // cat waits for it
-	must(t, err)
-	defer open.Close()
 	for _, cmd := range []*exec.Cmd{inEnvironment, inArguments} {
+		in, err := cmd.StdinPipe()
+		must(t, err)
+		out, err := cmd.StdoutPipe()
+		must(t, err)
 		p, err := testenv.StartProcess(cmd)
+		must(t, err)
+		_, err = in.Write([]byte("x"))
+		must(t, err)
+		_, err = io.ReadFull(out, make([]byte, 1)) // a process has no environment yet while it starts
 		must(t, err)
 		if !bytes.Contains(ofProcess(t, p.Pid()), pin) {
 			t.Errorf("the PIN is not found in what is seen of %v", cmd.Args)
