@@ -57,7 +57,8 @@ type Agent struct {
 	net      *peer.Net
 	ledger   *ledger
 	sessions *sessions
-	callers  *callerLimits
+	callers  *limits[uint32]          // by user id
+	uncalled *limits[protocol.HostID] // new epochs that others lead and the roster does not call for
 	calm     calm
 	// presigning is held by the one presigning under way, led or joined.
 	presigning sync.Mutex
@@ -90,7 +91,8 @@ func New(o Options) (*Agent, error) {
 		identity: o.Identity, version: o.Version, erasure: o.Erasure, erasureWhy: o.ErasureWhy, log: o.Log, started: time.Now(),
 		wake: make(chan struct{}, 1), peers: map[protocol.HostID]uint64{},
 		sessions:   newSessions(o.Config.Limits.SessionsPerPeer),
-		callers:    newCallerLimits(o.Config.Limits.CallerRate),
+		callers:    newLimits[uint32](rate.Limit(o.Config.Limits.CallerRate), o.Config.Limits.CallerRate),
+		uncalled:   newLimits[protocol.HostID](rate.Every(uncalledEvery), o.Config.Limits.EpochsPerPeer),
 		complaints: complaints{limit: rate.NewLimiter(10, 50)},
 	}
 	a.suspended.keys = map[string]*suspension{}

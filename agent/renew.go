@@ -29,6 +29,11 @@ const opReshare = "reshare"
 // them for silent.
 const leadAfter = 5 * time.Second
 
+// uncalledEvery is how often another host may lead a new epoch that the roster does not
+// call for, after the first that limits.epochs_per_peer allows: a TPM's NV memory bears
+// two roots an hour for some five years.
+const uncalledEvery = time.Hour
+
 // known is the highest certificate of a key that this host has, whether it holds a
 // share of the epoch or not.
 type known struct {
@@ -112,7 +117,7 @@ func (a *Agent) born(k *key, v *vault.Vault) *epoch.Born {
 		}
 		b.Views[h] = view
 	}
-	b.Due = b.Base.Entry != b.Entry || k.asked == b.Base.Certificate || k.overdue()
+	b.Due = b.Base.Entry != b.Entry || k.asked == b.Base.Certificate || k.age() >= 1
 	return b
 }
 
@@ -129,10 +134,36 @@ func (a *Agent) fitting(k *key, v *vault.Vault) (fits []epoch.Staged) {
 	return fits
 }
 
-// overdue tells whether the shares are older than the roster wants; k.mu is held.
-func (k *key) overdue() bool {
+// age is how old the shares are, as a part of the age that the roster allows them; k.mu
+// is held.
+func (k *key) age() float64 {
 	every := time.Duration(k.entry().Refresh)
-	return every > 0 && k.known != nil && !k.since.IsZero() && time.Since(k.since) > every
+	if every <= 0 || k.known == nil || k.since.IsZero() {
+		return 0
+	}
+	return float64(time.Since(k.since)) / float64(every)
+}
+
+// nearlyDue is the age at which another host's clock may say that a refresh is due.
+const nearlyDue = 0.9
+
+// mayLead refuses a host that has led too many epochs here that this host's roster does
+// not call for. It returns what to do when another was led.
+func (a *Agent) mayLead(from protocol.HostID, k *key, v *vault.Vault) (led func(), err error) {
+	due := a.born(k, v).Due
+	k.mu.Lock()
+	due = due || k.age() > nearlyDue
+	k.mu.Unlock()
+	if due {
+		return func() {}, nil
+	}
+	limit := a.uncalled.limiter(from)
+	if left := limit.Tokens(); left < 1 {
+		next := time.Duration((1 - left) * float64(uncalledEvery)).Round(time.Second)
+		return nil, a.refuse(reasonBusy, "host %q has led more new epochs than `limits.epochs_per_peer` = %d that this host's roster does not call for: it may lead the next in %s; `conseal key refresh %s` on this host makes one now",
+			from, a.config.Limits.EpochsPerPeer, next, k.id.Name)
+	}
+	return func() { limit.Allow() }, nil
 }
 
 // renew takes a key that exists a step further: to its next epoch if one is due, and
@@ -383,6 +414,10 @@ func (a *Agent) joinReshare(ctx context.Context, from protocol.HostID, k *key, b
 		}
 		return err
 	}
+	led, err := a.mayLead(from, k, v)
+	if err != nil {
+		return err
+	}
 	if slices.Contains(dealers, a.self) && !k.deals(box.id) {
 		return a.refuse(reasonRefused, "it has dealt under this session's id before")
 	}
@@ -396,7 +431,10 @@ func (a *Agent) joinReshare(ctx context.Context, from protocol.HostID, k *key, b
 		hangUp(box, a.net.Send, err)
 		return err
 	}
-	err = a.runReshare(ctx, k, v, r, box, early)
+	a.log.Info("resharing", "key", k.id.Name, "epoch", r.number.String(), "session", box.id.String(), "leader", from, "dealers", r.dealers, "holders", r.holders)
+	if err = a.runReshare(ctx, k, v, r, box, early); err == nil {
+		led()
+	}
 	a.blameReshare(k, r, box.id, err)
 	return err
 }

@@ -507,3 +507,40 @@ func TestFramedDealer(t *testing.T) {
 		t.Errorf("the same id again: %v", err)
 	}
 }
+
+// TestUncalledEpochs has a host lead new epochs without end: the others take part in as
+// many as their limits allow. What their own roster or their own people ask for is not
+// counted.
+func TestUncalledEpochs(t *testing.T) {
+	const allowed = 3
+	l := newLab(t)
+	l.hosts["beta"].config.Limits.EpochsPerPeer = allowed
+	l.start("gamma", "beta", "alpha")
+	l.untilActive("alpha", "beta", "gamma")
+	n := l.epochOf("alpha")
+	for range allowed {
+		l.refresh("alpha")
+		n = l.untilEpoch(n, "alpha", "beta", "gamma")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	asked := make(chan error, 1)
+	go func() {
+		_, err := adminAPI{l.hosts["alpha"].agent}.Refresh(ctx, &apipb.RefreshRequest{Key: "first"})
+		asked <- err
+	}()
+	l.untilLogged("alpha", "resharing failed", "epochs_per_peer", "conseal key refresh first")
+	cancel()
+	if err := <-asked; err == nil || l.epochOf("beta") != n {
+		t.Fatalf("one more: %v, at epoch %s", err, l.epochOf("beta"))
+	}
+	l.refresh("gamma") // each host has its own
+	n = l.untilEpoch(n, "alpha", "beta", "gamma")
+	l.refresh("beta") // a person asks on beta itself
+	n = l.untilEpoch(n, "alpha", "beta", "gamma")
+	l.write(3, "alpha", "beta", "gamma") // the roster calls for it, and alpha comes first
+	l.deliver("alpha", "beta", "gamma")
+	l.untilEpoch(n, "alpha", "beta", "gamma")
+	if !strings.Contains(l.hosts["beta"].log.String(), "leader=alpha") {
+		t.Error("beta does not say who led")
+	}
+}

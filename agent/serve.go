@@ -261,7 +261,7 @@ func (s signerAPI) Sign(ctx context.Context, r *apipb.SignRequest) (*apipb.SignR
 		d := k.describe(a.self)
 		return nil, &apiError{connect.CodeUnavailable, "KEY_NOT_READY", fmt.Sprintf("key %q is not ready on this host: %s: %s", r.Key, d.Condition, d.Detail),
 			"wait until `conseal keys` shows it ready, or mend what it says"}
-	case !a.callers.allow(who.UID):
+	case !a.callers.limiter(who.UID).Allow():
 		return nil, &apiError{connect.CodeResourceExhausted, "RATE_LIMIT", fmt.Sprintf("uid %d asks too often", who.UID),
 			"ask more slowly, or raise `limits.caller_rate`"}
 	}
@@ -328,26 +328,25 @@ func mayUse(users []string, uid uint32) bool {
 	return false
 }
 
-// callerLimits bounds how often each local user asks.
-type callerLimits struct {
-	perSecond int
-	mu        sync.Mutex
-	byUser    map[uint32]*rate.Limiter // one for each uid seen: local users are few
+// limits bounds how often each of a few sources does something.
+type limits[K comparable] struct {
+	rate  rate.Limit
+	burst int
+	mu    sync.Mutex
+	of    map[K]*rate.Limiter
 }
 
-func newCallerLimits(perSecond int) *callerLimits {
-	return &callerLimits{perSecond: perSecond, byUser: map[uint32]*rate.Limiter{}}
+func newLimits[K comparable](limit rate.Limit, burst int) *limits[K] {
+	return &limits[K]{rate: limit, burst: burst, of: map[K]*rate.Limiter{}}
 }
 
-func (c *callerLimits) allow(uid uint32) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	l := c.byUser[uid]
-	if l == nil {
-		l = rate.NewLimiter(rate.Limit(c.perSecond), max(1, c.perSecond))
-		c.byUser[uid] = l
+func (l *limits[K]) limiter(source K) *rate.Limiter {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.of[source] == nil {
+		l.of[source] = rate.NewLimiter(l.rate, l.burst)
 	}
-	return l.Allow()
+	return l.of[source]
 }
 
 // adminAPI serves the Admin service.

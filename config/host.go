@@ -200,6 +200,10 @@ type Limits struct {
 	// PeerRate is how many messages a second are taken from one other host, 1
 	// to 1000000. Default: 5000.
 	PeerRate int `toml:"peer_rate"`
+	// EpochsPerPeer is how many new epochs one other host may lead here that this host's
+	// roster does not call for, as `conseal key refresh` there does, 1 to 65536. One more
+	// comes with each hour. Default: 1000.
+	EpochsPerPeer int `toml:"epochs_per_peer"`
 	// CallerRate is how many requests a second are taken from one local user, 1
 	// to 1000000. Default: 1000.
 	CallerRate int `toml:"caller_rate"`
@@ -252,6 +256,7 @@ func Default() *Host {
 			KeygenDeadline:  2 * time.Minute,
 			SessionsPerPeer: 64,
 			PeerRate:        5000,
+			EpochsPerPeer:   1000,
 			CallerRate:      1000,
 			Presignatures:   4,
 		},
