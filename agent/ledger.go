@@ -27,8 +27,8 @@ type entry struct {
 	// Prev is SHA-256 of the line before, without its newline: a line that is
 	// taken out or changed breaks the chain.
 	Prev string `json:"prev"`
-	// Event is "ask": a caller here asked; "sign": this host lends its share; "suspend":
-	// no line of the key that is one of these follows, until "resume".
+	// Event is "ask": a caller here asked; "sign": this host lends its share; "reshare": it
+	// deals new shares from its share of an epoch; "suspend": no line of the key that is one of these follows, until "resume".
 	Event   string   `json:"event"`
 	Key     string   `json:"key"` // "*" for all, with "suspend" and "resume"
 	Epoch   string   `json:"epoch,omitempty"`
@@ -54,12 +54,21 @@ type ledger struct {
 	done chan struct{} // closed when the writer has ended
 	stop context.CancelFunc
 
+	// dealt has, by key, the sessions in which this host dealt before it started.
+	dealt map[string]dealings
+
 	// Owned by the writer goroutine.
 	f        *os.File
 	size     int64 // bytes that are known to be on disk
 	sequence uint64
 	head     [32]byte // hash of the last line on disk
 	torn     bool     // bytes of a failed write may stand behind size
+}
+
+// dealings are the sessions in which a host dealt from one epoch, its last.
+type dealings struct {
+	epoch    string
+	sessions map[string]bool
 }
 
 type pendingEntry struct {
@@ -72,7 +81,7 @@ type pendingEntry struct {
 // line without its end is what a crash leaves: no use followed it, and it is cut
 // off. Anything else that does not fit is an error.
 func openLedger(dir string) (*ledger, error) {
-	l := &ledger{path: filepath.Join(dir, "audit.log"), in: make(chan *pendingEntry, 256), done: make(chan struct{})}
+	l := &ledger{path: filepath.Join(dir, "audit.log"), in: make(chan *pendingEntry, 256), done: make(chan struct{}), dealt: map[string]dealings{}}
 	f, err := os.OpenFile(l.path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("opening the audit log: %w", err)
@@ -116,10 +125,22 @@ func (l *ledger) verify() error {
 		if err := json.Unmarshal(line, &e); err != nil || e.Sequence != l.sequence+1 || e.Prev != hex.EncodeToString(l.head[:]) {
 			return fmt.Errorf("the audit log %s was changed: line %d does not follow the line before it; keep the file as evidence, move it away, and start again", l.path, l.sequence+1)
 		}
+		if e.Event == "reshare" {
+			l.noteDealt(&e)
+		}
 		l.sequence++
 		l.head = sha256.Sum256(bytes.TrimSuffix(line, []byte("\n")))
 		l.size += int64(len(line))
 	}
+}
+
+func (l *ledger) noteDealt(e *entry) {
+	d := l.dealt[e.Key]
+	if d.epoch != e.Epoch {
+		d = dealings{e.Epoch, map[string]bool{}}
+		l.dealt[e.Key] = d
+	}
+	d.sessions[e.Session] = true
 }
 
 // Append enters e and returns at once. The function it returns waits until e is

@@ -418,7 +418,7 @@ func (a *Agent) joinReshare(ctx context.Context, from protocol.HostID, k *key, b
 	if err != nil {
 		return err
 	}
-	if slices.Contains(dealers, a.self) && !k.deals(box.id) {
+	if slices.Contains(dealers, a.self) && (a.ledger.dealt[k.id.Name].sessions[box.id.String()] || !k.deals(box.id)) {
 		return a.refuse(reasonRefused, "it has dealt under this session's id before")
 	}
 	ctx, end := a.startGeneration(ctx, k)
@@ -439,8 +439,8 @@ func (a *Agent) joinReshare(ctx context.Context, from protocol.HostID, k *key, b
 	return err
 }
 
-// deals notes that this host deals in a session, once: who had it sign two dealings under
-// one id could prove that it cheats.
+// deals notes that this host deals in a session, once since it started; the audit log has
+// what was before. Who had it sign two dealings under one id could prove that it cheats.
 func (k *key) deals(id protocol.SessionID) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()

@@ -500,12 +500,27 @@ func TestFramedDealer(t *testing.T) {
 	if ev := <-box.events; ev.from != "beta" || ev.step == nil || ev.step.Round != 1 { // gamma has nothing to say yet
 		t.Fatalf("beta does not deal: %+v", ev)
 	}
-	hangUp(box, func(to protocol.HostID, f *peerpb.Frame) error { r.send(to, f); return nil }, errors.New("again"))
-	r.sessions.close(box)
-	l.until("beta has left the session", func() bool { return !l.hosts["beta"].agent.generating(l.key("beta")) })
-	if _, err := r.leadsAs(res, [32]byte{1}, nil); err == nil || !strings.Contains(err.Error(), "dealt under this session's id") {
-		t.Errorf("the same id again: %v", err)
+	leave := func() {
+		t.Helper()
+		hangUp(box, func(to protocol.HostID, f *peerpb.Frame) error { r.send(to, f); return nil }, errors.New("again"))
+		r.sessions.close(box)
 	}
+	leave()
+	l.until("beta has left the session", func() bool { return !l.hosts["beta"].agent.generating(l.key("beta")) })
+	again := func(when string) {
+		t.Helper()
+		if box, err = r.leadsAs(res, [32]byte{1}, nil); err == nil || !strings.Contains(err.Error(), "dealt under this session's id") {
+			t.Errorf("the same id again, %s: %v", when, err)
+		}
+	}
+	again("at once")
+	leave()
+	ok(t, l.hosts["beta"].stop())
+	l.start("beta")
+	l.untilActive("beta")
+	r.connected()
+	l.until("beta and gamma are connected", func() bool { return len(l.key("beta").live("beta")) >= 2 })
+	again("after a restart")
 }
 
 // TestUncalledEpochs has a host lead new epochs without end: the others take part in as
