@@ -47,6 +47,7 @@ type key struct {
 	retry      retry                                       // when the next generation may start
 	condition  condition
 	stage      string                       // how far the generation under way is, for people
+	damage     error                        // why the active epoch's share cannot be read from its file; nil if it can
 	known      *known                       // the highest certificate that this host has; nil if none
 	wanted     time.Time                    // when certificates were asked for last
 	since      time.Time                    // when that epoch was taken up here
@@ -249,7 +250,7 @@ func (k *key) learn(n *known) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.known.number().Compare(n.number()) < 0 {
-		k.known, k.asked, k.idle, k.settled = n, [32]byte{}, time.Time{}, false
+		k.known, k.damage, k.asked, k.idle, k.settled = n, nil, [32]byte{}, time.Time{}, false
 		clear(k.dealt) // the base is part of a session's id
 		k.tellNews()
 	}

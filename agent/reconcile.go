@@ -157,17 +157,20 @@ func (a *Agent) exists(ctx context.Context, k *key, v *vault.Vault) (name, detai
 // highest epoch.
 func (a *Agent) without(k *key, v *vault.Vault, next string) (name, detail string) {
 	k.mu.Lock()
-	n := k.known
+	n, damage := k.known, k.damage
 	k.mu.Unlock()
 	record, _ := v.Record(k.id)
+	const deal = "have the others deal new ones, by `conseal key refresh %s` at one of them"
 	switch {
+	case damage != nil:
+		return "lost", fmt.Sprintf("this host's share of epoch %s cannot be used: %v; "+deal+"; %s", n.number(), damage, k.id.Name, next)
 	case n != nil && !slices.Contains(n.output.holders, a.self) && !slices.Contains(k.holders(), a.self):
 		if len(record.Staged) > 0 {
 			return "leaving", fmt.Sprintf("epoch %s is held by other hosts; this one erases its share once a quorum of them says that it has the epoch", n.number())
 		}
 		return "left", fmt.Sprintf("epoch %s is held by other hosts; this one has erased its share", n.number())
 	case n != nil && n.certificate.Subject.Entry == k.digest() && slices.Contains(n.output.holders, a.self) && !record.Holds(n.number()):
-		return "lost", fmt.Sprintf("the key exists, and this host holds no share of epoch %s: the share was lost; have the others deal new ones, by `conseal key refresh %s` at one of them, or by pinning this host's new identity in the roster; %s", n.number(), k.id.Name, next)
+		return "lost", fmt.Sprintf("the key exists, and this host holds no share of epoch %s: the share was lost; "+deal+", or by pinning this host's new identity in the roster; %s", n.number(), k.id.Name, next)
 	}
 	return "waiting", next
 }
@@ -206,6 +209,10 @@ func (a *Agent) load(ctx context.Context, k *key, v *vault.Vault, record vault.R
 	k.mu.Unlock()
 	if n.number().Compare(record.Active) < 0 {
 		c, err := a.readCertificate(k, v)
+		if errors.Is(err, vault.ErrDamaged) {
+			a.want(k, k.circle())
+			return "waiting", fmt.Sprintf("fetching the certificate of epoch %s from other hosts, since this host's is not readable: %v", record.Active, err)
+		}
 		if err == nil {
 			n, err = a.know(k, c)
 		}
@@ -221,19 +228,41 @@ func (a *Agent) load(ctx context.Context, k *key, v *vault.Vault, record vault.R
 	if n.number() != record.Active || act != nil && act.id == n.id || !record.Holds(record.Active) {
 		return "", ""
 	}
-	if err := v.Reseal(ctx, map[vault.KeyID]vault.Class{k.id: k.class()}); err != nil {
+	name, detail = a.takeUp(ctx, k, v, n)
+	if k.active.Load() == act { // whoever has a certificate signs with nothing below it
+		k.supersede(n.number(), a.config.Limits.SignDeadline)
+		return name, detail
+	}
+	a.log.Info("key is active", "key", k.id.Name, "epoch", n.number().String(), "certificate", fmt.Sprintf("%x", n.id[:8]))
+	a.see(k, v, record)
+	a.announce(k)
+	return "", ""
+}
+
+// takeUp makes the share of a certified epoch the one that the key signs with. With a
+// share whose file is damaged it returns "": that is a lost share.
+func (a *Agent) takeUp(ctx context.Context, k *key, v *vault.Vault, n *known) (name, detail string) {
+	err := v.Reseal(ctx, map[vault.KeyID]vault.Class{k.id: k.class()})
+	if err != nil && !errors.Is(err, vault.ErrDamaged) {
 		return "sealed", fmt.Sprintf("the roster says `open = %q`, and the share does not rest so yet: %v", k.entry().Open, err)
 	}
 	changed := func() {
 		name, detail := a.ready(k)
 		a.say(k, name, detail)
 	}
-	if err := k.activate(ctx, a.self, n, v, a.config.Limits.SignDeadline, changed); err != nil {
+	if err == nil {
+		err = k.activate(ctx, a.self, n, v, a.config.Limits.SignDeadline, changed)
+	}
+	damaged := errors.Is(err, vault.ErrDamaged)
+	k.mu.Lock()
+	k.damage = nil
+	if damaged {
+		k.damage = err
+	}
+	k.mu.Unlock()
+	if err != nil && !damaged {
 		return "refused", err.Error()
 	}
-	a.log.Info("key is active", "key", k.id.Name, "epoch", n.number().String(), "certificate", fmt.Sprintf("%x", n.id[:8]))
-	a.see(k, v, record)
-	a.announce(k)
 	return "", ""
 }
 
@@ -399,7 +428,10 @@ func (a *Agent) adopt(ctx context.Context, k *key, v *vault.Vault, c *epoch.Cert
 		return err
 	}
 	record, _ := v.Record(k.id)
-	if record.Active.Compare(n.number()) >= 0 {
+	k.mu.Lock()
+	unread := k.known == nil // the certificate of the active epoch may be damaged
+	k.mu.Unlock()
+	if older := record.Active.Compare(n.number()); older > 0 || older == 0 && !unread {
 		return nil
 	}
 	if err := a.checkCertificate(k, v, n); err != nil {
@@ -448,7 +480,14 @@ func (a *Agent) dropUnborn(ctx context.Context, k *key, v *vault.Vault, born vau
 
 // vote makes this host's word durable and gives it.
 func (a *Agent) vote(ctx context.Context, k *key, v *vault.Vault, choice epoch.Staged) error {
-	if err := v.Vote(ctx, k.id, choice.Number, choice.Output); err != nil {
+	err := v.Vote(ctx, k.id, choice.Number, choice.Output)
+	if errors.Is(err, vault.ErrDamaged) { // no vote, no certificate: another attempt is to follow
+		err = errors.Join(err, v.Drop(ctx, []vault.Drop{{Key: k.id, Number: choice.Number}}))
+		record, _ := v.Record(k.id)
+		a.see(k, v, record)
+		a.announce(k)
+	}
+	if err != nil {
 		return fmt.Errorf("voting for epoch %s of key %q: %w", choice.Number, k.id.Name, err)
 	}
 	a.log.Info("voted", "key", k.id.Name, "epoch", choice.Number.String())
@@ -477,7 +516,10 @@ func (a *Agent) certify(ctx context.Context, k *key, v *vault.Vault, choice epoc
 
 // ownView is what this host says of a key.
 func (a *Agent) ownView(k *key, r vault.Record) epoch.View {
-	view := epoch.View{Heard: true, Entry: k.digest(), Active: r.Holds(r.Active), Number: r.Active}
+	k.mu.Lock()
+	damaged := k.damage != nil
+	k.mu.Unlock()
+	view := epoch.View{Heard: true, Entry: k.digest(), Active: r.Holds(r.Active) && !damaged, Number: r.Active}
 	if act := k.active.Load(); act != nil {
 		view.Certificate = act.id
 	}

@@ -559,3 +559,98 @@ func TestUncalledEpochs(t *testing.T) {
 		t.Error("beta does not say who led")
 	}
 }
+
+// damage shortens the files in a folder of a host's vault, but those that keep names. It
+// returns how many.
+func (l *lab) damage(name, folder string, keep ...string) (n int) {
+	l.t.Helper()
+	for _, file := range l.files(name, folder) {
+		if !slices.Contains(keep, file) {
+			ok(l.t, os.Truncate(file, 100))
+			n++
+		}
+	}
+	return n
+}
+
+func (l *lab) files(name, folder string) []string {
+	l.t.Helper()
+	files, err := filepath.Glob(filepath.Join(VaultFolder(l.hosts[name].config), folder, "*"))
+	ok(l.t, err)
+	return files
+}
+
+// TestDamagedShare damages the file of a host's share, or takes it away: the host says so,
+// the others sign, and the next epoch makes it whole.
+func TestDamagedShare(t *testing.T) {
+	for name, harm := range map[string]func(l *lab){
+		"shortened": func(l *lab) { l.damage("alpha", "shares") },
+		"gone":      func(l *lab) { ok(l.t, os.Remove(l.files("alpha", "shares")[0])) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := born(t)
+			n := l.epochOf("alpha")
+			ok(t, l.hosts["alpha"].stop())
+			if files := l.files("alpha", "shares"); len(files) != 1 {
+				t.Fatalf("shares: %q", files)
+			}
+			harm(l)
+			l.start("alpha")
+			l.untilSays("alpha", "lost", "damaged", "conseal key refresh first")
+			if signers, err := l.sign("beta", []byte("without alpha")); err != nil || slices.Contains(signers, "alpha") {
+				t.Errorf("signed by %q: %v", signers, err)
+			}
+			l.refresh("beta")
+			l.untilEpoch(n, "alpha", "beta", "gamma")
+			_, err := l.sign("alpha", []byte("whole again"))
+			ok(t, err)
+		})
+	}
+}
+
+// TestDamagedCertificate damages the file of a host's certificate: it gets another copy.
+func TestDamagedCertificate(t *testing.T) {
+	l := born(t)
+	ok(t, l.hosts["alpha"].stop())
+	if l.damage("alpha", "certs") != 1 {
+		t.Fatal("no certificate is damaged")
+	}
+	l.start("alpha")
+	l.untilActive("alpha")
+	_, err := l.sign("alpha", []byte("with another copy"))
+	ok(t, err)
+	ok(t, l.hosts["alpha"].stop())
+	for _, name := range []string{"beta", "gamma"} { // which it needs no more
+		ok(t, l.hosts[name].stop())
+	}
+	l.start("alpha")
+	l.untilActive("alpha")
+}
+
+// TestDamagedBeforeTheVote damages a share that was staged for the next epoch before its
+// host votes for it: another attempt follows.
+func TestDamagedBeforeTheVote(t *testing.T) {
+	l := born(t)
+	n := l.epochOf("alpha")
+	h := l.hosts["alpha"].protector
+	away := func(err error) { h.mu.Lock(); defer h.mu.Unlock(); h.away = err }
+	before := l.files("alpha", "shares")
+	untilNext := func(what string) {
+		t.Helper()
+		l.until("alpha cannot vote: "+what, func() bool {
+			k := l.key("alpha")
+			k.mu.Lock()
+			defer k.mu.Unlock()
+			return strings.Contains(k.next, "voting for epoch") && strings.Contains(k.next, what)
+		})
+	}
+	away(errors.New("its hardware is away"))
+	go adminAPI{l.hosts["beta"].agent}.Refresh(t.Context(), &apipb.RefreshRequest{Key: "first"})
+	untilNext("its hardware is away")
+	if l.damage("alpha", "shares", before...) != 1 {
+		t.Fatal("no staged share is damaged")
+	}
+	untilNext("damaged")
+	away(nil)
+	l.untilEpoch(n, "alpha", "beta", "gamma")
+}

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -175,7 +176,7 @@ func (v *Vault) readShareFile(id KeyID, s *share) (*shareFile, error) {
 		return nil, err
 	}
 	if sha256.Sum256(b) != s.digest {
-		return nil, fmt.Errorf("file %s: %w: its content is not what was written; have this host's share recovered by the others", filepath.Base(v.sharePath(s.file)), ErrDamaged)
+		return nil, fmt.Errorf("file %s: %w: its content is not what was written", filepath.Base(v.sharePath(s.file)), ErrDamaged)
 	}
 	d := decoder{b: b}
 	d.take(len(shareMagic))
@@ -309,6 +310,9 @@ func writeFile(path string, b []byte, point string) error {
 
 func readFile(path string, limit int) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
 	if err != nil {
 		return nil, err
 	}

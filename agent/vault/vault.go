@@ -55,7 +55,7 @@ var (
 	ErrNoRoot = errors.New("the hardware has no root although there is a vault: it was cleared or replaced, and this host's shares are lost; have them recovered by the others")
 	// ErrStale: the hardware's root opens no manifest of this folder.
 	ErrStale = errors.New("the state folder is not the one that this host's hardware committed to last: it is an older copy, another host's, or its manifest was removed; put the present folder back, or have this host's shares recovered by the others")
-	// ErrDamaged: a file does not have the content that was written.
+	// ErrDamaged: a file is gone, or does not have the content that was written.
 	ErrDamaged = errors.New("damaged")
 	// ErrUnsure: the hardware did not say whether it took a new root; nothing is written until it does.
 	ErrUnsure = errors.New("the hardware did not say which root it has; nothing is written until it answers")
