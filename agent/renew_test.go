@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -9,6 +10,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -653,4 +655,96 @@ func TestDamagedBeforeTheVote(t *testing.T) {
 	untilNext("damaged")
 	away(nil)
 	l.untilEpoch(n, "alpha", "beta", "gamma")
+}
+
+// snapshot returns what puts a stopped host's vault and hardware back as they are now.
+func (l *lab) snapshot(name string) (putBack func()) {
+	l.t.Helper()
+	h, saved := l.hosts[name], l.t.TempDir()
+	ok(l.t, os.CopyFS(saved, os.DirFS(VaultFolder(h.config))))
+	h.protector.mu.Lock()
+	defer h.protector.mu.Unlock()
+	root, keys := slices.Clone(h.protector.root), maps.Clone(h.protector.keys)
+	return func() {
+		l.t.Helper()
+		ok(l.t, os.RemoveAll(VaultFolder(h.config)))
+		ok(l.t, os.CopyFS(VaultFolder(h.config), os.DirFS(saved)))
+		h.protector = &hardware{root: root, keys: keys}
+	}
+}
+
+// signed counts the signatures for which a host lent its share.
+func (l *lab) signed(name string) int {
+	l.t.Helper()
+	b, err := os.ReadFile(filepath.Join(l.hosts[name].config.State, "audit.log"))
+	ok(l.t, err)
+	return bytes.Count(b, []byte(`"event":"sign"`))
+}
+
+// TestMixOfEpochs has a host with a usable share of an older epoch among others: nothing
+// is signed with both, nobody waits in vain, and all say who is behind.
+func TestMixOfEpochs(t *testing.T) {
+	t.Run("an older roster", func(t *testing.T) {
+		l := born(t)
+		old := l.epochOf("gamma")
+		l.addHost("delta")
+		l.write(2, "alpha", "beta", "delta")
+		l.deliver("alpha", "beta")
+		l.start("delta")
+		l.untilEpoch(old, "alpha", "beta", "delta")
+		if l.epochOf("gamma") != old {
+			t.Fatalf("gamma is at epoch %s", l.epochOf("gamma"))
+		}
+		lent := l.signed("alpha") + l.signed("beta")
+		_, err := l.sign("gamma", []byte("with an older epoch"))
+		var refused *apiError
+		if !errors.As(err, &refused) || refused.reason != "NO_QUORUM" || !strings.Contains(err.Error(), `this host is behind "alpha", at epoch 1.1 of 2.1`) {
+			t.Errorf("gamma: %v", err)
+		}
+		if l.signed("alpha")+l.signed("beta") != lent {
+			t.Error("a host lent its share to an older epoch")
+		}
+		l.until("gamma says what it lacks", func() bool {
+			k := l.key("gamma")
+			k.mu.Lock()
+			defer k.mu.Unlock()
+			return strings.Contains(k.condition.detail, `this host is behind "alpha"`)
+		})
+		signers, err := l.sign("alpha", []byte("without gamma"))
+		if ok(t, err); slices.Contains(signers, "gamma") {
+			t.Errorf("signed by %q", signers)
+		}
+		ok(t, l.hosts["beta"].stop())
+		ok(t, l.hosts["delta"].stop())
+		if _, err := l.sign("alpha", []byte("alone")); !errors.As(err, &refused) || refused.reason != "NO_QUORUM" || strings.Contains(err.Error(), "gamma") {
+			t.Errorf("alpha: %v", err)
+		}
+	})
+	t.Run("disk and hardware put back", func(t *testing.T) {
+		l := born(t)
+		n := l.epochOf("gamma")
+		ok(t, l.hosts["gamma"].stop())
+		putBack := l.snapshot("gamma")
+		l.start("gamma")
+		l.untilActive("gamma")
+		l.refresh("gamma")
+		n = l.untilEpoch(n, "alpha", "beta", "gamma")
+		ok(t, l.hosts["gamma"].stop())
+		putBack()
+		l.start("gamma")
+		l.untilSays("gamma", "lost", "epoch "+n.String(), "conseal key refresh first")
+		if l.key("gamma").active.Load() != nil {
+			t.Error("gamma signs with the older epoch")
+		}
+		for range 5 {
+			signers, err := l.sign("alpha", []byte("without gamma"))
+			if ok(t, err); slices.Contains(signers, "gamma") {
+				t.Errorf("signed by %q", signers)
+			}
+		}
+		l.refresh("beta")
+		l.untilEpoch(n, "alpha", "beta", "gamma")
+		_, err := l.sign("gamma", []byte("whole again"))
+		ok(t, err)
+	})
 }
