@@ -61,6 +61,31 @@ func (l *lab) refresh(name string) {
 	ok(l.t, err)
 }
 
+// signThrough asks hosts for signatures without pause, until it is stopped; none may
+// fail. stop returns how many there were.
+func (l *lab) signThrough(names ...string) (stop func() int) {
+	ctx, cancel := context.WithCancel(l.ctx)
+	var callers sync.WaitGroup
+	var signed atomic.Int64
+	for _, name := range names {
+		callers.Go(func() {
+			for ctx.Err() == nil {
+				if _, err := l.sign(name, fmt.Appendf(nil, "message %d", signed.Add(1))); err != nil {
+					l.t.Errorf("on %s: %v", name, err)
+					return
+				}
+			}
+		})
+	}
+	return func() int {
+		cancel()
+		callers.Wait()
+		return int(signed.Load())
+	}
+}
+
+// TestRefresh refreshes keys of all kinds, while hosts are asked for signatures without
+// pause: ECDSA with presignatures of the old epoch and the new.
 func TestRefresh(t *testing.T) {
 	for _, scheme := range []string{"ed25519", "bip340", "ecdsa-p256"} {
 		t.Run(scheme, func(t *testing.T) {
@@ -75,8 +100,19 @@ func TestRefresh(t *testing.T) {
 				askers = askers[:1]
 			}
 			for _, by := range askers {
+				if scheme == "ecdsa-p256" {
+					stock := l.key("alpha").active.Load().stock
+					l.until("alpha has presignatures", func() bool { return stock.ready("alpha", []protocol.HostID{"alpha", "beta"}) > 0 })
+				}
+				stop := func() int { return 1 }
+				if scheme != "bip340" {
+					stop = l.signThrough("alpha", "beta")
+				}
 				l.refresh(by)
 				n = l.untilEpoch(n, "alpha", "beta", "gamma")
+				if stop() == 0 {
+					t.Error("nothing was signed meanwhile")
+				}
 				for name := range l.hosts {
 					if string(l.key(name).active.Load().output.spki) != string(public) {
 						t.Fatalf("%s has another public key", name)
@@ -224,19 +260,7 @@ func TestReshare(t *testing.T) {
 func TestSignThroughRenewal(t *testing.T) {
 	l := born(t)
 	l.addHost("delta")
-	ctx, stop := context.WithCancel(t.Context())
-	var wg sync.WaitGroup
-	var signed atomic.Int64
-	for _, name := range []string{"alpha", "beta"} { // which hold the key all the while
-		wg.Go(func() {
-			for ctx.Err() == nil {
-				if _, err := l.sign(name, fmt.Appendf(nil, "message %d", signed.Add(1))); err != nil {
-					t.Errorf("on %s: %v", name, err)
-					return
-				}
-			}
-		})
-	}
+	stop := l.signThrough("alpha", "beta") // which hold the key all the while
 	n := l.epochOf("alpha")
 	refreshes, reshares := 20, 5
 	for i := range refreshes {
@@ -254,12 +278,11 @@ func TestSignThroughRenewal(t *testing.T) {
 		l.deliver("alpha", "beta", "gamma", "delta")
 		n = l.untilEpoch(n, "alpha", "beta", "gamma")
 	}
-	stop()
-	wg.Wait()
-	if signed.Load() < 100 {
-		t.Errorf("%d signatures in all: the test shows little", signed.Load())
+	signed := stop()
+	if signed < 100 {
+		t.Errorf("%d signatures in all: the test shows little", signed)
 	}
-	t.Logf("%d signatures through %d refreshes and %d reshares", signed.Load(), refreshes, 2*reshares)
+	t.Logf("%d signatures through %d refreshes and %d reshares", signed, refreshes, 2*reshares)
 }
 
 // share opens a stopped host's share of its active epoch.
