@@ -32,3 +32,18 @@ func TestShowReceipts(t *testing.T) {
 		}
 	}
 }
+
+// TestStatusSaysWhatTheNextEpochWaitsFor, once.
+func TestStatusSaysWhatTheNextEpochWaitsFor(t *testing.T) {
+	for want, k := range map[string]*apipb.Key{
+		"ready; next epoch: waiting for gamma\n": {Condition: "ready", Next: "waiting for gamma"},
+		"waiting: waiting for gamma\n":           {Condition: "waiting", Detail: "waiting for gamma", Next: "waiting for gamma"},
+		"ready\n":                                {Condition: "ready"},
+	} {
+		var out strings.Builder
+		printKeys(&out, []*apipb.Key{k})
+		if !strings.HasSuffix(out.String(), "\t"+want) {
+			t.Errorf("got %q, want %q at its end", out.String(), want)
+		}
+	}
+}

@@ -131,6 +131,9 @@ func printKeys(t io.Writer, keys []*apipb.Key) {
 		if k.Detail != "" {
 			condition += ": " + k.Detail
 		}
+		if k.Next != "" && !strings.Contains(k.Detail, k.Next) {
+			condition += "; next epoch: " + k.Next
+		}
 		fmt.Fprintf(t, "%s\t%s\t%d of %d\t%s\t%s\t%s\n", k.Name, k.Scheme, k.Quorum, len(k.Hosts), strings.Join(k.Hosts, ","), k.State, condition)
 	}
 }
