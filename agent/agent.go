@@ -59,6 +59,7 @@ type Agent struct {
 	sessions *sessions
 	callers  *limits[uint32]          // by user id
 	uncalled *limits[protocol.HostID] // new epochs that others lead and the roster does not call for
+	erasures *rate.Limiter            // of shares that new epochs replaced
 	calm     calm
 	// presigning is held by the one presigning under way, led or joined.
 	presigning sync.Mutex
@@ -92,6 +93,7 @@ func New(o Options) (*Agent, error) {
 		wake: make(chan struct{}, 1), peers: map[protocol.HostID]uint64{},
 		sessions:   newSessions(o.Config.Limits.SessionsPerPeer),
 		callers:    newLimits[uint32](rate.Limit(o.Config.Limits.CallerRate), o.Config.Limits.CallerRate),
+		erasures:   rate.NewLimiter(rate.Limit(o.Config.Limits.ErasuresPerHour)/rate.Limit(time.Hour/time.Second), erasuresAtOnce),
 		uncalled:   newLimits[protocol.HostID](rate.Every(uncalledEvery), o.Config.Limits.EpochsPerPeer),
 		complaints: complaints{limit: rate.NewLimiter(10, 50)},
 	}

@@ -60,7 +60,7 @@ func newChaos(t *testing.T) *chaos {
 	c := &chaos{T: t, f: f, version: 1, shares: map[string]int{}}
 	c.network, err = f.Network()
 	must(t, err)
-	f.Limits = "[limits]\nkeygen_deadline = \"30s\"\nsign_deadline = \"10s\"\n"
+	f.Limits = "[limits]\nkeygen_deadline = \"30s\"\nsign_deadline = \"10s\"\nerasures_per_hour = 60000\n"
 	must(t, f.Init(t.Context()))
 	must(t, f.WriteRoster(c.version))
 	must(t, f.Start(t.Context()))

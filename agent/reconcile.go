@@ -571,6 +571,9 @@ func (a *Agent) see(k *key, v *vault.Vault, record vault.Record) {
 	k.mu.Unlock()
 }
 
+// erasuresAtOnce is how often shares are erased before that is rationed.
+const erasuresAtOnce = 100
+
 // erase drops what is below an epoch that a quorum has taken up: all keys' at once, as
 // each erasure takes a root.
 func (a *Agent) erase(ctx context.Context) {
@@ -595,7 +598,7 @@ func (a *Agent) erase(ctx context.Context) {
 			drops = append(drops, vault.Drop{Key: k.id, Number: n})
 		}
 	}
-	if len(drops) == 0 {
+	if len(drops) == 0 || !a.erasures.Allow() && !crowded(drops) {
 		return
 	}
 	if err := v.Drop(ctx, drops); err != nil {
@@ -605,6 +608,17 @@ func (a *Agent) erase(ctx context.Context) {
 	for _, d := range drops {
 		a.log.Info("share erased", "key", d.Key.Name, "epoch", d.Number.String())
 	}
+}
+
+// crowded tells whether old shares of one key are so many that they must go.
+func crowded(drops []vault.Drop) bool {
+	of := map[vault.KeyID]int{}
+	for _, d := range drops {
+		if of[d.Key]++; of[d.Key] >= leftovers {
+			return true
+		}
+	}
+	return false
 }
 
 // retire erases what this host held of a key that others hold now, by that certificate.

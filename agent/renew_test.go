@@ -20,6 +20,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"conseal/agent/api/apipb"
 	"conseal/agent/peer/peerpb"
 	"conseal/agent/vault"
@@ -770,4 +772,41 @@ func TestMixOfEpochs(t *testing.T) {
 		_, err := l.sign("gamma", []byte("whole again"))
 		ok(t, err)
 	})
+}
+
+// TestErasuresAreRationed: a host that has erased often keeps old shares for a while, and
+// erases them together; when they are too many it does not wait.
+func TestErasuresAreRationed(t *testing.T) {
+	l := born(t)
+	a := l.hosts["alpha"].agent
+	held := func() int {
+		record, _ := a.vault.Load().Record(l.key("alpha").id)
+		return len(record.Staged)
+	}
+	next := func() {
+		n := l.epochOf("beta")
+		l.refresh("beta")
+		l.untilEpoch(n, "beta", "gamma")
+		l.until("alpha has the epoch", func() bool { return l.epochOf("alpha") == l.epochOf("beta") })
+	}
+	a.erasures.SetLimit(0)
+	a.erasures.AllowN(time.Now(), erasuresAtOnce)
+	for range 3 {
+		next()
+	}
+	if held() != 4 {
+		t.Fatalf("alpha holds %d shares", held())
+	}
+	roots := a.vault.Load().Stats().Roots
+	a.erasures.SetLimit(rate.Inf)
+	a.nudge()
+	l.until("the old shares are erased", func() bool { return held() == 1 })
+	if now := a.vault.Load().Stats().Roots; now != roots+1 {
+		t.Errorf("%d roots for one erasure", now-roots)
+	}
+	a.erasures.SetLimit(0)
+	for range leftovers {
+		next()
+	}
+	l.until("they are too many to wait", func() bool { return held() == 1 })
 }

@@ -227,6 +227,7 @@ func (l *Limits) check(r *report) {
 	r.within("limits.sessions_per_peer", l.SessionsPerPeer, 1, 1<<16)
 	r.within("limits.peer_rate", l.PeerRate, 1, 1_000_000)
 	r.within("limits.epochs_per_peer", l.EpochsPerPeer, 1, 1<<16)
+	r.within("limits.erasures_per_hour", l.ErasuresPerHour, 1, 1<<16)
 	r.within("limits.caller_rate", l.CallerRate, 1, 1_000_000)
 	r.within("limits.presignatures", l.Presignatures, 0, 64)
 }

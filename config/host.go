@@ -204,6 +204,10 @@ type Limits struct {
 	// roster does not call for, as `conseal key refresh` there does, 1 to 65536. One more
 	// comes with each hour. Default: 1000.
 	EpochsPerPeer int `toml:"epochs_per_peer"`
+	// ErasuresPerHour is how often an hour this host erases shares that new epochs
+	// replaced, after the first 100 times, 1 to 65536: each time takes a root of its
+	// hardware, and what became old meanwhile goes together. Default: 2.
+	ErasuresPerHour int `toml:"erasures_per_hour"`
 	// CallerRate is how many requests a second are taken from one local user, 1
 	// to 1000000. Default: 1000.
 	CallerRate int `toml:"caller_rate"`
@@ -257,6 +261,7 @@ func Default() *Host {
 			SessionsPerPeer: 64,
 			PeerRate:        5000,
 			EpochsPerPeer:   1000,
+			ErasuresPerHour: 2,
 			CallerRate:      1000,
 			Presignatures:   4,
 		},

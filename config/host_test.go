@@ -77,7 +77,7 @@ func TestLoadEveryKey(t *testing.T) {
 			TPM:  config.TPM{Device: "tcp:localhost:2321", PCRs: []int{7}, NVRoot: 0x01800601, PolicyKey: "/etc/policy.pem", NVCounter: 0x01800602, NVReceipts: 0x01800603, PIN: "cred:tpm", EventLog: "/log", SRKHandle: 0x81000002, Timeout: time.Second},
 			HSM:  config.HSM{URI: "pkcs11:token=a%20b?module-path=/m", PIN: "file:" + pin, SecondURI: "pkcs11:token=c?module-path=/l", SecondPIN: "cred:c", Modules: []string{"/l", "/m"}, Method: "aes-kw", Erasure: "device", InitArgs: "a='b'", MaxSessions: 2, Timeout: 3 * time.Second, Environment: []string{"A", "_b1"}, Objects: config.Objects{Identity: "i", Wrap: "id=%01"}},
 		},
-		Limits: config.Limits{Message: 1, SignDeadline: time.Second, KeygenDeadline: time.Hour, SessionsPerPeer: 2, PeerRate: 3, EpochsPerPeer: 8, CallerRate: 4, Presignatures: 5},
+		Limits: config.Limits{Message: 1, SignDeadline: time.Second, KeygenDeadline: time.Hour, SessionsPerPeer: 2, PeerRate: 3, EpochsPerPeer: 8, ErasuresPerHour: 10, CallerRate: 4, Presignatures: 5},
 		Log:    config.Log{Level: "debug", Format: "json"},
 	}
 	if diff := cmp.Diff(got, want, ignoreOrigins); diff != "" {
@@ -124,6 +124,7 @@ keygen_deadline = "1h"
 sessions_per_peer = 2
 peer_rate = 3
 epochs_per_peer = 8
+erasures_per_hour = 10
 caller_rate = 4
 presignatures = 5
 [log]
@@ -146,7 +147,7 @@ func TestEnvironment(t *testing.T) {
 		"CONSEAL_PROTECTOR_HSM_MODULES": "/x", "CONSEAL_PROTECTOR_HSM_METHOD": "aes-kwp", "CONSEAL_PROTECTOR_HSM_ERASURE": "replicated", "CONSEAL_PROTECTOR_HSM_INIT_ARGS": "c", "CONSEAL_PROTECTOR_HSM_MAX_SESSIONS": "3",
 		"CONSEAL_PROTECTOR_HSM_TIMEOUT": "4s", "CONSEAL_PROTECTOR_HSM_ENVIRONMENT": "C,D", "CONSEAL_PROTECTOR_HSM_OBJECTS_IDENTITY": "id=a", "CONSEAL_PROTECTOR_HSM_OBJECTS_WRAP": "w",
 		"CONSEAL_LIMITS_MESSAGE": "10", "CONSEAL_LIMITS_SIGN_DEADLINE": "3s", "CONSEAL_LIMITS_KEYGEN_DEADLINE": "4s",
-		"CONSEAL_LIMITS_SESSIONS_PER_PEER": "5", "CONSEAL_LIMITS_PEER_RATE": "6", "CONSEAL_LIMITS_EPOCHS_PER_PEER": "9", "CONSEAL_LIMITS_CALLER_RATE": "7",
+		"CONSEAL_LIMITS_SESSIONS_PER_PEER": "5", "CONSEAL_LIMITS_PEER_RATE": "6", "CONSEAL_LIMITS_EPOCHS_PER_PEER": "9", "CONSEAL_LIMITS_ERASURES_PER_HOUR": "11", "CONSEAL_LIMITS_CALLER_RATE": "7",
 		"CONSEAL_LIMITS_PRESIGNATURES": "4",
 		"CONSEAL_LOG_LEVEL":            "error", "CONSEAL_LOG_FORMAT": "json",
 	}
@@ -165,7 +166,7 @@ func TestEnvironment(t *testing.T) {
 			TPM:  config.TPM{Device: "unix:/t", PCRs: []int{0, 7}, NVRoot: 0x01800700, PolicyKey: "/k", NVCounter: 0x01800701, NVReceipts: 0x01800702, PIN: "fd:7", SRKHandle: 0x81000005, Timeout: 2 * time.Second},
 			HSM:  config.HSM{URI: "pkcs11:serial=1?module-path=/x&pin-source=file:" + pin, SecondURI: "pkcs11:serial=2?module-path=/x", SecondPIN: "fd:8", Modules: []string{"/x"}, Method: "aes-kwp", Erasure: "replicated", InitArgs: "c", MaxSessions: 3, Timeout: 4 * time.Second, Environment: []string{"C", "D"}, Objects: config.Objects{Identity: "id=a", Wrap: "w"}},
 		},
-		Limits: config.Limits{Message: 10, SignDeadline: 3 * time.Second, KeygenDeadline: 4 * time.Second, SessionsPerPeer: 5, PeerRate: 6, EpochsPerPeer: 9, CallerRate: 7, Presignatures: 4},
+		Limits: config.Limits{Message: 10, SignDeadline: 3 * time.Second, KeygenDeadline: 4 * time.Second, SessionsPerPeer: 5, PeerRate: 6, EpochsPerPeer: 9, ErasuresPerHour: 11, CallerRate: 7, Presignatures: 4},
 		Log:    config.Log{Level: "error", Format: "json"},
 	}
 	if diff := cmp.Diff(got, want, ignoreOrigins); diff != "" {
