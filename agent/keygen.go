@@ -247,15 +247,24 @@ func (a *Agent) joinKeygen(ctx context.Context, from protocol.HostID, k *key, b 
 	}
 	ctx, end := a.startGeneration(ctx, k)
 	defer end()
-	if err := a.net.Send(from, readyFrame(box.id)); err != nil {
-		return err
-	}
-	early, err := gather(ctx, box, []protocol.HostID{from})
+	early, err := a.waitLeader(ctx, from, box)
 	if err != nil {
-		hangUp(box, a.net.Send, err)
 		return err
 	}
 	return a.runKeygen(ctx, k, v, n, box, early)
+}
+
+// waitLeader tells who leads a session that this host is ready, and waits until all are.
+// It returns what others sent meanwhile. On an error the session is over.
+func (a *Agent) waitLeader(ctx context.Context, leader protocol.HostID, box *inbox) ([]event, error) {
+	if err := a.net.Send(leader, readyFrame(box.id)); err != nil {
+		return nil, err
+	}
+	early, err := gather(ctx, box, []protocol.HostID{leader})
+	if err != nil {
+		hangUp(box, a.net.Send, err)
+	}
+	return early, err
 }
 
 // agreeStaged refuses to start a generation on a wrong count of what is staged

@@ -332,18 +332,7 @@ func (a *Agent) runLead(ctx context.Context, k *key, n vault.Number) error {
 // fail lately.
 func (a *Agent) pickDealers(k *key, b *epoch.Born) []protocol.HostID {
 	able := b.Able()
-	k.mu.Lock()
-	rank := func(h protocol.HostID) int {
-		switch {
-		case h == a.self:
-			return 0
-		case time.Since(k.failed[h]) > failedFor:
-			return 1
-		}
-		return 2
-	}
-	slices.SortStableFunc(able, func(x, y protocol.HostID) int { return rank(x) - rank(y) })
-	k.mu.Unlock()
+	k.prefer(able, a.self)
 	dealers := able[:min(len(able), b.Base.Quorum)]
 	slices.Sort(dealers)
 	return dealers
@@ -423,12 +412,8 @@ func (a *Agent) joinReshare(ctx context.Context, from protocol.HostID, k *key, b
 	}
 	ctx, end := a.startGeneration(ctx, k)
 	defer end()
-	if err := a.net.Send(from, readyFrame(box.id)); err != nil {
-		return err
-	}
-	early, err := gather(ctx, box, []protocol.HostID{from})
+	early, err := a.waitLeader(ctx, from, box)
 	if err != nil {
-		hangUp(box, a.net.Send, err)
 		return err
 	}
 	a.log.Info("resharing", "key", k.id.Name, "epoch", r.number.String(), "session", box.id.String(), "leader", from, "dealers", r.dealers, "holders", r.holders)

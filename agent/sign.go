@@ -230,21 +230,27 @@ func (a *Agent) pick(k *key, act *active, excluded map[protocol.HostID]bool) []p
 		return nil
 	}
 	mathrand.Shuffle(len(live), func(i, j int) { live[i], live[j] = live[j], live[i] })
+	k.prefer(live, a.self)
+	signers := live[:quorum]
+	slices.Sort(signers)
+	return signers
+}
+
+// prefer sorts hosts: first this one, then such as did not fail lately; else they stay
+// in order.
+func (k *key) prefer(hosts []protocol.HostID, self protocol.HostID) {
 	k.mu.Lock()
+	defer k.mu.Unlock()
 	rank := func(h protocol.HostID) int {
 		switch {
-		case h == a.self:
+		case h == self:
 			return 0
 		case time.Since(k.failed[h]) > failedFor:
 			return 1
 		}
 		return 2
 	}
-	slices.SortStableFunc(live, func(x, y protocol.HostID) int { return rank(x) - rank(y) })
-	k.mu.Unlock()
-	signers := live[:quorum]
-	slices.Sort(signers)
-	return signers
+	slices.SortStableFunc(hosts, func(x, y protocol.HostID) int { return rank(x) - rank(y) })
 }
 
 // attempt runs one session, with fresh nonces or with a presignature that was taken
