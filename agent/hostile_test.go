@@ -31,6 +31,7 @@ import (
 	"conseal/config"
 	"conseal/internal/secret"
 	"conseal/protocol"
+	"conseal/protocol/dealing"
 )
 
 // hardware is a protector in memory. What real hardware does is shown elsewhere;
@@ -1042,11 +1043,11 @@ func (r *rogue) lead(n vault.Number, counted ...*made) (*made, error) {
 
 func (r *rogue) make(b *protocol.Binding, box *inbox, early []event) *made {
 	r.t.Helper()
-	session, err := r.key.scheme.keygen(box.id, r.self, r.key.holders(), 2)
+	g, err := r.key.scheme.keygen(dealing.KeygenConfig{Session: box.id, Self: r.self, Holders: r.key.holders(), Quorum: 2})
 	ok(r.t, err)
-	defer session.Close()
-	ok(r.t, drive(r.ctx, r.self, session, box, r.net.Send, early))
-	public, share, err := session.result()
+	defer g.session.Close()
+	ok(r.t, drive(r.ctx, r.self, g.session, box, r.net.Send, early))
+	public, share, err := g.result()
 	ok(r.t, err)
 	share.Wipe()
 	m := &made{vault.Number{Roster: b.Epoch[0], Attempt: b.Epoch[1]}, public}

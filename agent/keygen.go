@@ -16,6 +16,7 @@ import (
 	"conseal/internal/failpoint"
 	"conseal/internal/secret"
 	"conseal/protocol"
+	"conseal/protocol/dealing"
 )
 
 // retry spaces the attempts of a key generation that fails. Its zero value lets
@@ -316,18 +317,18 @@ func gather(ctx context.Context, box *inbox, hosts []protocol.HostID) (early []e
 // runKeygen drives the protocol and stages what came out.
 func (a *Agent) runKeygen(ctx context.Context, k *key, v *vault.Vault, n vault.Number, box *inbox, early []event) error {
 	failpoint.Hit("keygen/before-start")
-	session, err := k.scheme.keygen(box.id, a.self, k.holders(), k.entry().Quorum)
+	g, err := k.scheme.keygen(dealing.KeygenConfig{Session: box.id, Self: a.self, Holders: k.holders(), Quorum: k.entry().Quorum})
 	if err != nil {
 		hangUp(box, a.net.Send, err)
 		return err
 	}
-	defer session.Close()
+	defer g.session.Close()
 	a.watchGeneration(k, n, box)
-	if err := drive(ctx, a.self, session, box, a.net.Send, early); err != nil {
+	if err := drive(ctx, a.self, g.session, box, a.net.Send, early); err != nil {
 		return err
 	}
 	failpoint.Hit("keygen/done")
-	public, share, err := session.result()
+	public, share, err := g.result()
 	if err != nil {
 		return err
 	}

@@ -491,21 +491,21 @@ func (a *Agent) runReshare(ctx context.Context, k *key, v *vault.Vault, r *resha
 			return err
 		}
 	}
-	session, err := k.scheme.reshare(a.reshareConfig(k, r, box.id), share)
+	g, err := k.scheme.reshare(a.reshareConfig(k, r, box.id), share)
 	if err != nil {
 		hangUp(box, a.net.Send, err)
 		return err
 	}
-	defer session.Close()
+	defer g.session.Close()
 	a.watchGeneration(k, r.number, box)
-	if err := drive(ctx, a.self, session, box, a.net.Send, early); err != nil {
+	if err := drive(ctx, a.self, g.session, box, a.net.Send, early); err != nil {
 		return err
 	}
 	failpoint.Hit("reshare/done")
 	if !slices.Contains(r.holders, a.self) {
 		return nil
 	}
-	public, made, err := session.result()
+	public, made, err := g.result()
 	if err != nil {
 		return err
 	}
@@ -515,10 +515,10 @@ func (a *Agent) runReshare(ctx context.Context, k *key, v *vault.Vault, r *resha
 
 // reshareConfig is what the session is made of, for this host.
 func (a *Agent) reshareConfig(k *key, r *resharing, id protocol.SessionID) reshareConfig {
-	return reshareConfig{
-		session: id, self: a.self, old: r.base.certificate.Public, dealers: r.dealers, holders: r.holders, quorum: k.entry().Quorum,
-		sign: func(digest [32]byte) ([]byte, error) { return a.identity.Sign(rand.Reader, digest[:], crypto.SHA256) },
-		verify: func(host protocol.HostID, digest [32]byte, signature []byte) error {
+	return reshareConfig{old: r.base.certificate.Public, Plan: dealing.Plan{
+		Session: id, Self: a.self, Dealers: r.dealers, Holders: r.holders, Quorum: k.entry().Quorum,
+		Sign: func(digest [32]byte) ([]byte, error) { return a.identity.Sign(rand.Reader, digest[:], crypto.SHA256) },
+		Verify: func(host protocol.HostID, digest [32]byte, signature []byte) error {
 			st, ok := r.base.statement(k, host)
 			if !ok {
 				return fmt.Errorf("the roster does not pin the identity with which %q holds the key", host)
@@ -532,7 +532,7 @@ func (a *Agent) reshareConfig(k *key, r *resharing, id protocol.SessionID) resha
 			}
 			return nil
 		},
-	}
+	}}
 }
 
 // blameReshare remembers whose fault it was that a resharing failed. A proof counts for

@@ -351,8 +351,8 @@ func TestDealerWithTwoFaces(t *testing.T) {
 	box, err := r.leads(res, nil)
 	ok(t, err)
 	cfg := l.hosts["beta"].agent.reshareConfig(l.key("beta"), res, box.id)
-	cfg.self = "alpha"
-	cfg.sign = func(digest [32]byte) ([]byte, error) {
+	cfg.Self = "alpha"
+	cfg.Sign = func(digest [32]byte) ([]byte, error) {
 		return l.hosts["alpha"].identity.Sign(rand.Reader, digest[:], crypto.SHA256)
 	}
 	step := func(victim string, ready protocol.Ready, err error) {
@@ -364,10 +364,11 @@ func TestDealerWithTwoFaces(t *testing.T) {
 			}
 		}
 	}
-	faces := map[string]generation{}
+	faces := map[string]protocol.Session{}
 	for _, victim := range []string{"beta", "gamma"} {
-		faces[victim], err = r.key.scheme.reshare(cfg, share)
+		face, err := r.key.scheme.reshare(cfg, share)
 		ok(t, err)
+		faces[victim] = face.session
 		ready, err := faces[victim].Start()
 		step(victim, ready, err)
 	}

@@ -12,7 +12,7 @@ import (
 // scheme is what the agent needs of a signature scheme.
 type scheme interface {
 	// keygen makes the session of a key generation.
-	keygen(id protocol.SessionID, self protocol.HostID, holders []protocol.HostID, quorum int) (generation, error)
+	keygen(dealing.KeygenConfig) (generation, error)
 	// reshare makes the session that replaces the shares of a key. share is a dealer's, and
 	// nil at others.
 	reshare(in reshareConfig, share shareholder) (generation, error)
@@ -46,23 +46,43 @@ type output struct {
 	holders []protocol.HostID
 }
 
-// generation is a key generation. result is valid once the session is done.
-type generation interface {
+// generation is a session that ends in an epoch: a key generation or a resharing.
+// result is valid once the session is done.
+type generation struct {
+	session protocol.Session
+	result  func() (public []byte, share *secret.Bytes, err error)
+}
+
+// held is a share as its scheme's package has it.
+type held interface {
+	Public() []byte
+	Secret() (*secret.Bytes, error)
+	Wipe()
+}
+
+// sharing is a session of a scheme's package that ends in a share.
+type sharing[S held] interface {
 	protocol.Session
-	result() (public []byte, share *secret.Bytes, err error)
+	Result() (S, error)
+}
+
+// generated makes a generation of such a session, if there is one.
+func generated[S held](session sharing[S], err error) (generation, error) {
+	return generation{session, func() (public []byte, share *secret.Bytes, err error) {
+		s, err := session.Result()
+		if err != nil {
+			return nil, nil, err
+		}
+		defer s.Wipe()
+		share, err = s.Secret()
+		return s.Public(), share, err
+	}}, err
 }
 
 // reshareConfig is a resharing at one host.
 type reshareConfig struct {
-	session protocol.SessionID
-	self    protocol.HostID
-	old     []byte            // public output of the base
-	dealers []protocol.HostID // sorted, a quorum of the base
-	holders []protocol.HostID // sorted, of the new shares
-	quorum  int               // of the new shares
-	// sign and verify are of the dealers' identity keys.
-	sign   func(digest [32]byte) ([]byte, error)
-	verify func(host protocol.HostID, digest [32]byte, signature []byte) error
+	dealing.Plan
+	old []byte // public output of the base
 }
 
 // shareholder signs with a share that it keeps opened. It is safe for concurrent

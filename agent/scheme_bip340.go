@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"conseal/internal/secret"
 	"conseal/protocol"
 	"conseal/protocol/cmp"
 	"conseal/protocol/dealing"
@@ -11,9 +10,8 @@ import (
 // bip340Scheme is BIP-340 by FROST.
 type bip340Scheme struct{}
 
-func (bip340Scheme) keygen(id protocol.SessionID, self protocol.HostID, holders []protocol.HostID, quorum int) (generation, error) {
-	k, err := taproot.NewKeygen(taproot.KeygenConfig{Session: id, Self: self, Holders: holders, Quorum: quorum})
-	return bip340Keygen{k}, err
+func (bip340Scheme) keygen(in dealing.KeygenConfig) (generation, error) {
+	return generated(taproot.NewKeygen(in))
 }
 
 func (bip340Scheme) traits() traits { return traits{mesh: true, attempts: 4} }
@@ -41,59 +39,21 @@ func (bip340Scheme) load(self protocol.HostID, public, share []byte) (shareholde
 	return bip340Share{s}, nil
 }
 
-func (bip340Scheme) reshareConfig(in reshareConfig, share shareholder) (cfg taproot.ReshareConfig, err error) {
+func (bip340Scheme) reshare(in reshareConfig, share shareholder) (generation, error) {
 	old, err := taproot.DecodeGroup(in.old)
 	if err != nil {
-		return cfg, err
+		return generation{}, err
 	}
-	cfg = taproot.ReshareConfig{
-		Session: in.session, Self: in.self, Old: old, Dealers: in.dealers, Holders: in.holders, Quorum: in.quorum, Sign: in.sign, Verify: in.verify,
-	}
-	if share != nil {
-		cfg.Share = share.(bip340Share).share
-	}
-	return cfg, nil
+	dealer, _ := share.(bip340Share)
+	return generated(taproot.NewReshare(taproot.ReshareConfig{Plan: in.Plan, Old: old, Share: dealer.share}))
 }
 
-func (s bip340Scheme) reshare(in reshareConfig, share shareholder) (generation, error) {
-	cfg, err := s.reshareConfig(in, share)
-	if err != nil {
-		return nil, err
-	}
-	r, err := taproot.NewReshare(cfg)
-	return bip340Reshare{r}, err
-}
-
-func (s bip340Scheme) verifyComplaint(in reshareConfig, c *dealing.Complaint) error {
-	cfg, err := s.reshareConfig(in, nil)
+func (bip340Scheme) verifyComplaint(in reshareConfig, c *dealing.Complaint) error {
+	old, err := taproot.DecodeGroup(in.old)
 	if err != nil {
 		return err
 	}
-	return taproot.VerifyComplaint(cfg, c)
-}
-
-type bip340Reshare struct{ *taproot.Reshare }
-
-func (r bip340Reshare) result() (public []byte, share *secret.Bytes, err error) {
-	s, err := r.Result()
-	if err != nil {
-		return nil, nil, err
-	}
-	defer s.Wipe()
-	share, err = s.Secret()
-	return s.Group.Encode(), share, err
-}
-
-type bip340Keygen struct{ *taproot.Keygen }
-
-func (k bip340Keygen) result() (public []byte, share *secret.Bytes, err error) {
-	s, err := k.Result()
-	if err != nil {
-		return nil, nil, err
-	}
-	defer s.Wipe()
-	share, err = s.Secret()
-	return s.Group.Encode(), share, err
+	return dealing.VerifyComplaint(taproot.ReshareConfig{Plan: in.Plan, Old: old}, c)
 }
 
 type bip340Share struct{ share *taproot.Share }

@@ -3,7 +3,6 @@ package agent
 import (
 	"errors"
 
-	"conseal/internal/secret"
 	"conseal/protocol"
 	"conseal/protocol/cmp"
 	"conseal/protocol/dealing"
@@ -12,9 +11,8 @@ import (
 // ecdsaScheme is ECDSA by CGGMP on one curve.
 type ecdsaScheme struct{ curve *cmp.Curve }
 
-func (s ecdsaScheme) keygen(id protocol.SessionID, self protocol.HostID, holders []protocol.HostID, quorum int) (generation, error) {
-	k, err := cmp.NewKeygen(cmp.KeygenConfig{Session: id, Self: self, Holders: holders, Quorum: quorum, Curve: s.curve})
-	return ecdsaKeygen{k}, err
+func (s ecdsaScheme) keygen(in dealing.KeygenConfig) (generation, error) {
+	return generated(cmp.NewKeygen(s.curve, in))
 }
 
 var errCurve = errors.New("the key is on another curve than its scheme says")
@@ -50,59 +48,21 @@ func (s ecdsaScheme) load(self protocol.HostID, public, share []byte) (sharehold
 	return ecdsaShare{loaded}, nil
 }
 
-func (s ecdsaScheme) reshareConfig(in reshareConfig, share shareholder) (cfg cmp.ReshareConfig, err error) {
+func (s ecdsaScheme) reshare(in reshareConfig, share shareholder) (generation, error) {
 	old, err := s.group(in.old)
 	if err != nil {
-		return cfg, err
+		return generation{}, err
 	}
-	cfg = cmp.ReshareConfig{
-		Session: in.session, Self: in.self, Old: old, Dealers: in.dealers, Holders: in.holders, Quorum: in.quorum, Sign: in.sign, Verify: in.verify,
-	}
-	if share != nil {
-		cfg.Share = share.(ecdsaShare).share
-	}
-	return cfg, nil
-}
-
-func (s ecdsaScheme) reshare(in reshareConfig, share shareholder) (generation, error) {
-	cfg, err := s.reshareConfig(in, share)
-	if err != nil {
-		return nil, err
-	}
-	r, err := cmp.NewReshare(cfg)
-	return ecdsaReshare{r}, err
+	dealer, _ := share.(ecdsaShare)
+	return generated(cmp.NewReshare(cmp.ReshareConfig{Plan: in.Plan, Old: old, Share: dealer.share}))
 }
 
 func (s ecdsaScheme) verifyComplaint(in reshareConfig, c *dealing.Complaint) error {
-	cfg, err := s.reshareConfig(in, nil)
+	old, err := s.group(in.old)
 	if err != nil {
 		return err
 	}
-	return cmp.VerifyComplaint(cfg, c)
-}
-
-type ecdsaReshare struct{ *cmp.Reshare }
-
-func (r ecdsaReshare) result() (public []byte, share *secret.Bytes, err error) {
-	s, err := r.Result()
-	if err != nil {
-		return nil, nil, err
-	}
-	defer s.Wipe()
-	share, err = s.Secret()
-	return s.Group.Encode(), share, err
-}
-
-type ecdsaKeygen struct{ *cmp.Keygen }
-
-func (k ecdsaKeygen) result() (public []byte, share *secret.Bytes, err error) {
-	s, err := k.Result()
-	if err != nil {
-		return nil, nil, err
-	}
-	defer s.Wipe()
-	share, err = s.Secret()
-	return s.Group.Encode(), share, err
+	return dealing.VerifyComplaint(cmp.ReshareConfig{Plan: in.Plan, Old: old}, c)
 }
 
 type ecdsaShare struct{ share *cmp.Share }

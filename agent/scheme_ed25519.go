@@ -4,7 +4,6 @@ import (
 	"crypto/ed25519"
 	"crypto/x509"
 
-	"conseal/internal/secret"
 	"conseal/protocol"
 	"conseal/protocol/dealing"
 	"conseal/protocol/frost"
@@ -13,9 +12,8 @@ import (
 // ed25519Scheme is FROST(Ed25519, SHA-512).
 type ed25519Scheme struct{}
 
-func (ed25519Scheme) keygen(id protocol.SessionID, self protocol.HostID, holders []protocol.HostID, quorum int) (generation, error) {
-	k, err := frost.NewKeygen(frost.KeygenConfig{Session: id, Self: self, Holders: holders, Quorum: quorum})
-	return frostKeygen{k}, err
+func (ed25519Scheme) keygen(in dealing.KeygenConfig) (generation, error) {
+	return generated(frost.NewKeygen(in))
 }
 
 func (ed25519Scheme) traits() traits { return traits{attempts: 4} }
@@ -44,59 +42,21 @@ func (ed25519Scheme) load(self protocol.HostID, public, share []byte) (sharehold
 	return frostShare{s}, nil
 }
 
-func (ed25519Scheme) reshareConfig(in reshareConfig, share shareholder) (cfg frost.ReshareConfig, err error) {
+func (ed25519Scheme) reshare(in reshareConfig, share shareholder) (generation, error) {
 	old, err := frost.DecodeGroup(in.old)
 	if err != nil {
-		return cfg, err
+		return generation{}, err
 	}
-	cfg = frost.ReshareConfig{
-		Session: in.session, Self: in.self, Old: old, Dealers: in.dealers, Holders: in.holders, Quorum: in.quorum, Sign: in.sign, Verify: in.verify,
-	}
-	if share != nil {
-		cfg.Share = share.(frostShare).share
-	}
-	return cfg, nil
+	dealer, _ := share.(frostShare)
+	return generated(frost.NewReshare(frost.ReshareConfig{Plan: in.Plan, Old: old, Share: dealer.share}))
 }
 
-func (s ed25519Scheme) reshare(in reshareConfig, share shareholder) (generation, error) {
-	cfg, err := s.reshareConfig(in, share)
-	if err != nil {
-		return nil, err
-	}
-	r, err := frost.NewReshare(cfg)
-	return frostReshare{r}, err
-}
-
-func (s ed25519Scheme) verifyComplaint(in reshareConfig, c *dealing.Complaint) error {
-	cfg, err := s.reshareConfig(in, nil)
+func (ed25519Scheme) verifyComplaint(in reshareConfig, c *dealing.Complaint) error {
+	old, err := frost.DecodeGroup(in.old)
 	if err != nil {
 		return err
 	}
-	return frost.VerifyComplaint(cfg, c)
-}
-
-type frostReshare struct{ *frost.Reshare }
-
-func (r frostReshare) result() (public []byte, share *secret.Bytes, err error) {
-	s, err := r.Result()
-	if err != nil {
-		return nil, nil, err
-	}
-	defer s.Wipe()
-	share, err = s.Secret()
-	return s.Group.Encode(), share, err
-}
-
-type frostKeygen struct{ *frost.Keygen }
-
-func (k frostKeygen) result() (public []byte, share *secret.Bytes, err error) {
-	s, _, err := k.Result()
-	if err != nil {
-		return nil, nil, err
-	}
-	defer s.Wipe()
-	share, err = s.Secret()
-	return s.Group.Encode(), share, err
+	return dealing.VerifyComplaint(frost.ReshareConfig{Plan: in.Plan, Old: old}, c)
 }
 
 type frostShare struct{ share *frost.Share }

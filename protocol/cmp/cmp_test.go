@@ -36,7 +36,7 @@ func keygen(t testing.TB, c *cmp.Curve, n, quorum int) shares {
 	net := protocoltest.Network[*cmp.Keygen]{Sessions: map[protocol.HostID]*cmp.Keygen{}}
 	id := protocoltest.SessionID()
 	for _, h := range protocoltest.Hosts(n) {
-		k, err := cmp.NewKeygen(cmp.KeygenConfig{Session: id, Self: h, Holders: protocoltest.Hosts(n), Quorum: quorum, Curve: c})
+		k, err := cmp.NewKeygen(c, cmp.KeygenConfig{Session: id, Self: h, Holders: protocoltest.Hosts(n), Quorum: quorum})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -355,7 +355,7 @@ func TestBadConfigs(t *testing.T) {
 		for h := range strings.FieldsSeq(test.holders) {
 			holders = append(holders, protocol.HostID(h))
 		}
-		if _, err := cmp.NewKeygen(cmp.KeygenConfig{Self: "a", Holders: holders, Quorum: test.quorum, Curve: cmp.P256}); err == nil {
+		if _, err := cmp.NewKeygen(cmp.P256, cmp.KeygenConfig{Self: "a", Holders: holders, Quorum: test.quorum}); err == nil {
 			t.Errorf("quorum %d of %q: no error", test.quorum, holders)
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/luxfi/threshold/pkg/party"
 
 	"conseal/protocol"
+	"conseal/protocol/dealing"
 	"conseal/protocol/guard"
 	"conseal/protocol/protocoltest"
 )
@@ -65,18 +66,18 @@ func sessions[S protocol.Session](one func(id protocol.SessionID, h protocol.Hos
 
 func buildKeygen(testing.TB) builder {
 	return sessions(func(id protocol.SessionID, h protocol.HostID) (*Keygen, error) {
-		return NewKeygen(KeygenConfig{Session: id, Self: h, Holders: protocoltest.Hosts(2), Quorum: 2, Curve: P256})
+		return NewKeygen(P256, KeygenConfig{Session: id, Self: h, Holders: protocoltest.Hosts(2), Quorum: 2})
 	})
 }
 
 func buildRefresh(t testing.TB) builder {
 	key, hosts := oneKey(t), protocoltest.Hosts(2)
 	return sessions(func(id protocol.SessionID, h protocol.HostID) (*Reshare, error) {
-		return NewReshare(ReshareConfig{
-			Session: id, Self: h, Old: key[h].Group, Dealers: hosts, Share: key[h], Holders: hosts, Quorum: 2,
+		return NewReshare(ReshareConfig{Old: key[h].Group, Share: key[h], Plan: dealing.Plan{
+			Session: id, Self: h, Dealers: hosts, Holders: hosts, Quorum: 2,
 			Sign:   func([32]byte) ([]byte, error) { return []byte{1}, nil }, // not what is fuzzed
 			Verify: func(protocol.HostID, [32]byte, []byte) error { return nil },
-		})
+		}})
 	})
 }
 

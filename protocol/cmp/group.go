@@ -256,6 +256,9 @@ func newShare(c *Curve, self protocol.HostID, holders []protocol.HostID, cfg *mo
 // holder.
 func (s *Share) Secret() (*secret.Bytes, error) { return s.secret.Clone() }
 
+// Public is the encoded group, which everybody may know.
+func (s *Share) Public() []byte { return s.Group.Encode() }
+
 // Wipe ends the share.
 func (s *Share) Wipe() { s.secret.Wipe() }
 

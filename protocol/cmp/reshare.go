@@ -1,7 +1,6 @@
 package cmp
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -23,22 +22,11 @@ import (
 	"conseal/protocol/mailbox"
 )
 
-// ReshareConfig is what the hosts of a resharing have in common, and who this one is.
-// The session's id stands for all that is common: the old group, dealers, holders and
-// quorum. No two sessions have one id.
+// ReshareConfig is what a resharing is made of.
 type ReshareConfig struct {
-	Session protocol.SessionID
-	Self    protocol.HostID
-	Old     *Group
-	Dealers []protocol.HostID // sorted; a quorum of the old holders
-	Share   *Share            // the old share of a dealer, nil at others; it is not changed
-	Holders []protocol.HostID // sorted; of the new shares
-	Quorum  int               // of the new shares
-
-	// Sign signs a digest with this host's identity key. A dealer signs once.
-	Sign func(digest [32]byte) ([]byte, error)
-	// Verify checks such a signature by the key that is pinned for a host.
-	Verify func(host protocol.HostID, digest [32]byte, signature []byte) error
+	dealing.Plan
+	Old   *Group
+	Share *Share // the old share of a dealer, nil at others; it is not changed
 }
 
 // Reshare replaces the shares of a key under the same public key: any quorum of its
@@ -73,51 +61,23 @@ var errClosed = errors.New("the session is over")
 // in one.
 func NewReshare(cfg ReshareConfig) (*Reshare, error) {
 	cfg.Holders = slices.Clone(cfg.Holders)
-	s, err := newReshare(&cfg)
+	s, err := dealing.New(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("ECDSA resharing: %w", err)
 	}
 	return &Reshare{cfg: cfg, deal: s, others: mailbox.Others(cfg.Holders, cfg.Self)}, nil
 }
 
-func newReshare(cfg *ReshareConfig) (*dealing.Session[curve.Point, curve.Scalar], error) {
-	inner, err := cfg.dealing()
-	if err != nil {
-		return nil, err
-	}
-	if cfg.Share != nil {
-		if cfg.Share.Self != cfg.Self || !bytes.Equal(cfg.Share.Group.Encode(), cfg.Old.Encode()) {
-			return nil, fmt.Errorf("host %q has no share of this key and epoch", cfg.Self)
-		}
-		inner.Share = cfg.Share.use
-	}
-	return dealing.New(inner)
-}
-
-// dealing is the configuration of the dealing without the share.
-func (cfg *ReshareConfig) dealing() (out dealing.Config[curve.Point, curve.Scalar], err error) {
+// Dealing is the resharing as package dealing takes it.
+func (cfg ReshareConfig) Dealing() (out dealing.Config[curve.Point, curve.Scalar], err error) {
 	if cfg.Old == nil || cfg.Old.Curve == nil {
 		return out, errors.New("no group")
 	}
-	c := cfg.Old.Curve.group
-	old, err := cfg.Old.Key(c, cfg.Old.Encode())
-	if err != nil {
-		return out, err
+	out, err = cfg.Old.Dealing(cfg.Old.Curve.group, cfg.Old.Encode(), cfg.Plan)
+	if s := cfg.Share; s != nil {
+		out.Share = &dealing.Share[curve.Scalar]{Self: s.Self, Encoded: s.Public(), Lend: s.use}
 	}
-	return dealing.Config[curve.Point, curve.Scalar]{
-		Group: guard.Dealing{Curve: c}, Session: cfg.Session, Self: cfg.Self, Old: old,
-		Dealers: cfg.Dealers, Holders: cfg.Holders, Quorum: cfg.Quorum, Sign: cfg.Sign, Verify: cfg.Verify,
-	}, guard.CheckHolders(cfg.Quorum, cfg.Holders)
-}
-
-// VerifyComplaint returns nil if a complaint proves that its dealer cheated in the
-// session of cfg, of which neither Self, Share nor Sign is needed.
-func VerifyComplaint(cfg ReshareConfig, c *dealing.Complaint) error {
-	inner, err := cfg.dealing()
-	if err != nil {
-		return fmt.Errorf("ECDSA resharing: %w", err)
-	}
-	return dealing.VerifyComplaint(inner, c)
+	return out, err
 }
 
 // use lends the share's scalar.
@@ -213,11 +173,6 @@ func (r *Reshare) unproven() (*unproven, error) {
 	if err != nil {
 		return nil, err
 	}
-	scalar, shares, err := r.deal.Output()
-	if err != nil {
-		return nil, err
-	}
-	defer scalar.Wipe()
 	// The module's chain key is for derivation, which there is none of: the
 	// transcript is something that all holders have.
 	cfg := &module.Config{
@@ -226,14 +181,14 @@ func (r *Reshare) unproven() (*unproven, error) {
 	}
 	number := func(n uint64) *saferith.Nat { return new(saferith.Nat).SetUint64(n) }
 	n := saferith.ModulusFromNat(number(15))
-	for i, x := range shares {
-		cfg.Public[guard.ID(i)] = &config.Public{
-			ECDSA: x, ElGamal: c.NewBasePoint(), Paillier: paillier.NewPublicKey(n),
-			Pedersen: pedersen.New(arith.ModulusFromN(n), number(4), number(2)),
+	err = r.deal.Output(func(scalar []byte, shares []curve.Point) error {
+		for i, x := range shares {
+			cfg.Public[guard.ID(i)] = &config.Public{
+				ECDSA: x, ElGamal: c.NewBasePoint(), Paillier: paillier.NewPublicKey(n),
+				Pedersen: pedersen.New(arith.ModulusFromN(n), number(4), number(2)),
+			}
 		}
-	}
-	err = scalar.Use(func(b []byte) error {
-		cfg.ECDSA, err = guard.DecodeScalar(c, b)
+		cfg.ECDSA, err = guard.DecodeScalar(c, scalar)
 		return err
 	})
 	return &unproven{cfg, transcript}, err

@@ -18,6 +18,7 @@ import (
 
 	"conseal/protocol"
 	"conseal/protocol/cmp"
+	"conseal/protocol/dealing"
 	"conseal/protocol/protocoltest"
 )
 
@@ -28,8 +29,8 @@ func identity(h protocol.HostID) ed25519.PrivateKey {
 }
 
 func reshareConfig(old shares, id protocol.SessionID, self protocol.HostID, dealers, holders []protocol.HostID, quorum int) cmp.ReshareConfig {
-	cfg := cmp.ReshareConfig{
-		Session: id, Self: self, Old: old[dealers[0]].Group, Dealers: dealers, Holders: holders, Quorum: quorum,
+	cfg := cmp.ReshareConfig{Old: old[dealers[0]].Group, Plan: dealing.Plan{
+		Session: id, Self: self, Dealers: dealers, Holders: holders, Quorum: quorum,
 		Sign: func(digest [32]byte) ([]byte, error) { return ed25519.Sign(identity(self), digest[:]), nil },
 		Verify: func(h protocol.HostID, digest [32]byte, signature []byte) error {
 			if !ed25519.Verify(identity(h).Public().(ed25519.PublicKey), digest[:], signature) {
@@ -37,7 +38,7 @@ func reshareConfig(old shares, id protocol.SessionID, self protocol.HostID, deal
 			}
 			return nil
 		},
-	}
+	}}
 	if slices.Contains(dealers, self) {
 		cfg.Share = old[self]
 	}

@@ -19,8 +19,16 @@ type terms[P, S any] struct {
 	constants []P      // lambda_i * X_i of each dealer
 }
 
-func newTerms[P, S any](cfg *Config[P, S]) (*terms[P, S], error) {
-	t, old, g := &terms[P, S]{cfg: cfg}, &cfg.Old, cfg.Group
+func newTerms[P, S any](r Resharing[P, S]) (*terms[P, S], error) {
+	cfg, err := r.Dealing()
+	if err != nil {
+		return nil, err
+	}
+	cfg.Dealers, cfg.Holders = slices.Clone(cfg.Dealers), slices.Clone(cfg.Holders)
+	t, old, g := &terms[P, S]{cfg: &cfg}, &cfg.Old, cfg.Group
+	if err := CheckHolders(cfg.Quorum, cfg.Holders); err != nil {
+		return nil, err
+	}
 	switch {
 	case cfg.Verify == nil:
 		return nil, errors.New("no way to verify the dealers' signatures")
@@ -224,9 +232,9 @@ func DecodeComplaint(b []byte) (*Complaint, error) {
 }
 
 // VerifyComplaint returns nil if a complaint proves that its dealer cheated in the
-// session of cfg, of which neither Self, Share nor Sign is needed. Any host can do it.
-func VerifyComplaint[P, S any](cfg Config[P, S], c *Complaint) error {
-	t, err := newTerms(&cfg)
+// session of r, of which neither Self, Share nor Sign is needed. Any host can do it.
+func VerifyComplaint[P, S any](r Resharing[P, S], c *Complaint) error {
+	t, err := newTerms(r)
 	if err == nil {
 		err = t.judge(c)
 	}

@@ -58,7 +58,7 @@ var oldShares = func() map[protocol.HostID]*frost.Share {
 	}
 	out := map[protocol.HostID]*frost.Share{}
 	for h, k := range net.Sessions {
-		share, _, err := k.Result()
+		share, err := k.Result()
 		if err != nil {
 			panic(err)
 		}
@@ -76,11 +76,11 @@ func newRun(t testing.TB, session protocol.SessionID) *run {
 	r := &run{configs: map[protocol.HostID]frost.ReshareConfig{}}
 	r.net.Sessions = map[protocol.HostID]*frost.Reshare{}
 	for _, h := range protocoltest.Hosts(4) {
-		cfg := frost.ReshareConfig{
-			Session: session, Self: h, Old: oldShares["a"].Group, Dealers: []protocol.HostID{"a", "b"},
+		cfg := frost.ReshareConfig{Old: oldShares["a"].Group, Plan: dealing.Plan{
+			Session: session, Self: h, Dealers: []protocol.HostID{"a", "b"},
 			Holders: []protocol.HostID{"b", "c", "d"}, Quorum: 2, Verify: verify,
 			Sign: func(digest [32]byte) ([]byte, error) { return ed25519.Sign(identity(h), digest[:]), nil },
-		}
+		}}
 		if slices.Contains(cfg.Dealers, h) {
 			cfg.Share = oldShares[h]
 		}
@@ -309,7 +309,7 @@ func convinces(t *testing.T, r *run, c *dealing.Complaint) {
 		if !bytes.Equal(c.Encode(), encoded) {
 			t.Error("a complaint does not encode back")
 		}
-		return frost.VerifyComplaint(cfg, c)
+		return dealing.VerifyComplaint(cfg, c)
 	}
 	encoded := c.Encode()
 	if err := judge(public, encoded); err != nil {
@@ -388,7 +388,7 @@ func TestForgedComplaints(t *testing.T) {
 		{"a dealing it never signed", dealing.NewComplaint(dealing.TwoDealings, honest, digest(c), signature, digest(other), signature), "not signed"},
 		{"no digests", dealing.NewComplaint(dealing.TwoDealings, honest, nil, signature, []byte{1}, signature), "no digest"},
 	} {
-		if err := frost.VerifyComplaint(r.configs[victim], x.complaint); err == nil || !strings.Contains(err.Error(), x.want) {
+		if err := dealing.VerifyComplaint(r.configs[victim], x.complaint); err == nil || !strings.Contains(err.Error(), x.want) {
 			t.Errorf("%s: %v, want %q", x.name, err, x.want)
 		}
 	}
@@ -515,7 +515,7 @@ func FuzzComplaint(f *testing.F) {
 		if !bytes.Equal(c.Encode(), b) {
 			t.Errorf("%x encodes back as %x", b, c.Encode())
 		}
-		if frost.VerifyComplaint(r.configs[victim], c) == nil {
+		if dealing.VerifyComplaint(r.configs[victim], c) == nil {
 			t.Errorf("an honest dealer is blamed: %x", b)
 		}
 	})

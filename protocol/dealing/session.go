@@ -1,6 +1,7 @@
 package dealing
 
 import (
+	"bytes"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
@@ -27,25 +28,41 @@ type Key[P any] struct {
 	Public  P
 }
 
-// Config is what the hosts of a resharing have in common, and who this one is. The
-// session's id stands for all that is common; no two sessions have one id, for a
-// dealer signs once under it.
-type Config[P, S any] struct {
-	Group   Group[P, S]
+// Plan is what the hosts of a resharing have in common, and who this one is. The
+// session's id stands for all that is common, the old group too; no two sessions have
+// one id, for a dealer signs once under it.
+type Plan struct {
 	Session protocol.SessionID
 	Self    protocol.HostID
-	Old     Key[P]
 	Dealers []protocol.HostID // sorted, holders of the old shares, exactly the old quorum
 	Holders []protocol.HostID // sorted, of the new shares; a dealer may be one
 	Quorum  int               // of the new shares
 
-	// Share lends a dealer's old share. Nil at others.
-	Share func(use func(x S) error) error
 	// Sign signs a digest with this host's identity key: a dealer needs it, once.
 	Sign func(digest [32]byte) ([]byte, error)
 	// Verify checks such a signature of a host, by the key pinned for it. An error is
 	// the host's fault.
 	Verify func(host protocol.HostID, digest [32]byte, signature []byte) error
+}
+
+// Config is a resharing in a group. The caller has checked Old.
+type Config[P, S any] struct {
+	Plan
+	Group Group[P, S]
+	Old   Key[P]
+	Share *Share[S] // a dealer's, nil at others
+}
+
+// Share is a host's share of a key.
+type Share[S any] struct {
+	Self    protocol.HostID
+	Encoded []byte // of the whole group, canonical
+	Lend    func(use func(x S) error) error
+}
+
+// Resharing is a scheme's configuration of a resharing.
+type Resharing[P, S any] interface {
+	Dealing() (Config[P, S], error)
 }
 
 // Session is a resharing: verifiable redistribution of shares (Desmedt and Jajodia
@@ -61,7 +78,7 @@ type Config[P, S any] struct {
 // A dealer that proves itself a cheat is named by a [*Complaint], which the driver
 // passes on: the others may not see the proof themselves.
 type Session[P, S any] struct {
-	cfg     Config[P, S]
+	cfg     *Config[P, S]
 	terms   *terms[P, S]
 	others  []protocol.HostID
 	mail    mailbox.Box
@@ -103,19 +120,20 @@ const (
 	maxEcho = sha256.Size + 2 + maxSignature
 )
 
-// New makes the session of one host. The caller has checked that the new holders and
-// their quorum make sense, and the old key.
-func New[P, S any](cfg Config[P, S]) (*Session[P, S], error) {
-	cfg.Dealers, cfg.Holders = slices.Clone(cfg.Dealers), slices.Clone(cfg.Holders)
-	t, err := newTerms(&cfg)
+// New makes the session of one host.
+func New[P, S any](r Resharing[P, S]) (*Session[P, S], error) {
+	t, err := newTerms(r)
 	if err != nil {
 		return nil, err
 	}
+	cfg := t.cfg
 	all := slices.Compact(slices.Sorted(slices.Values(slices.Concat(cfg.Dealers, cfg.Holders))))
 	if err := protocol.CheckParties(cfg.Self, all); err != nil {
 		return nil, err
 	}
 	switch deals := slices.Contains(cfg.Dealers, cfg.Self); {
+	case cfg.Share != nil && (cfg.Share.Self != cfg.Self || !bytes.Equal(cfg.Share.Encoded, cfg.Old.Encoded)):
+		return nil, fmt.Errorf("host %q has no share of this key and epoch", cfg.Self)
 	case deals && cfg.Share == nil:
 		return nil, fmt.Errorf("host %q is to deal without a share", cfg.Self)
 	case deals && cfg.Sign == nil:
@@ -148,7 +166,7 @@ func (s *Session[P, S]) Start() (protocol.Ready, error) {
 	if s.cfg.Share == nil {
 		return protocol.Ready{}, nil
 	}
-	err := s.cfg.Share(s.deal)
+	err := s.cfg.Share.Lend(s.deal)
 	if err == nil {
 		err = s.sign() // slow in hardware: the share is not lent meanwhile
 	}
@@ -397,14 +415,13 @@ func (s *Session[P, S]) Transcript() ([32]byte, error) {
 	return s.transcript, nil
 }
 
-// Output is the new share of a holder and the public shares of all, once the session
-// is done. The caller wipes the share.
-func (s *Session[P, S]) Output() (*secret.Bytes, []P, error) {
+// Output lends the new share of a holder, and gives the public shares of all, once the
+// session is done.
+func (s *Session[P, S]) Output(use func(scalar []byte, shares []P) error) error {
 	if s.scalar == nil {
-		return nil, nil, errors.New("there is no new share here")
+		return errors.New("there is no new share here")
 	}
-	scalar, err := s.scalar.Clone()
-	return scalar, s.shares, err
+	return s.scalar.Use(func(b []byte) error { return use(b, s.shares) })
 }
 
 // Close wipes what was dealt and received, and the session's copy of the share.

@@ -147,7 +147,7 @@ func TestFailedKeygenStaysFailed(t *testing.T) {
 			t.Error("a failed session took a share")
 		}
 	}
-	if _, _, err := k.Result(); err == nil {
+	if _, err := k.Result(); err == nil {
 		t.Error("a failed session has a result")
 	}
 	for _, c := range k.own.Coefficients {

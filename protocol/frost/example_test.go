@@ -49,7 +49,7 @@ func Example() {
 	}
 	shares := map[protocol.HostID]*frost.Share{}
 	for h, s := range sessions {
-		share, _, err := s.(*frost.Keygen).Result()
+		share, err := s.(*frost.Keygen).Result()
 		if err != nil {
 			log.Fatal(err)
 		}

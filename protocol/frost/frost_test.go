@@ -16,6 +16,7 @@ import (
 	"pgregory.net/rapid"
 
 	"conseal/protocol"
+	"conseal/protocol/dealing"
 )
 
 var testSession = protocol.SessionID{7}
@@ -110,11 +111,11 @@ func shares(t testing.TB, net *network) map[protocol.HostID]*Share {
 	t.Helper()
 	out := map[protocol.HostID]*Share{}
 	for h, s := range net.sessions {
-		share, transcript, err := s.(*Keygen).Result()
+		share, err := s.(*Keygen).Result()
 		if err != nil {
 			t.Fatalf("%s: %v (%v)", h, err, net.errs[h])
 		}
-		if transcript == ([32]byte{}) {
+		if s.(*Keygen).echo == ([32]byte{}) {
 			t.Fatal("no transcript")
 		}
 		s.Close()
@@ -379,7 +380,7 @@ func TestTamperedKeygen(t *testing.T) {
 					t.Errorf("%s blames %s: %v", h, c, err)
 				}
 				named = named || culprit(err) == liar
-				if _, _, done := net.sessions[h].(*Keygen).Result(); done == nil {
+				if _, done := net.sessions[h].(*Keygen).Result(); done == nil {
 					t.Errorf("%s has a share", h)
 				}
 			}
@@ -606,7 +607,7 @@ func TestConfigurationsThatMakeNoSense(t *testing.T) {
 		{Self: "eve", Holders: hostNames(3), Quorum: 2},
 		{Self: "h000", Holders: []protocol.HostID{"h000", "h000"}, Quorum: 2},
 		{Self: "h000", Holders: []protocol.HostID{"h001", "h000"}, Quorum: 2},
-		{Self: "h000", Holders: hostNames(MaxHolders + 1), Quorum: 2},
+		{Self: "h000", Holders: hostNames(dealing.MaxHolders + 1), Quorum: 2},
 	} {
 		if _, err := NewKeygen(c); err == nil {
 			t.Errorf("%+v was taken", c)

@@ -57,12 +57,8 @@ func TestTranscript(t *testing.T) {
 	record := out.record
 	generation := keygens(t, 2, 3)
 	record("key generation, 2 of 3", generation)
-	_, transcript, err := generation.sessions["h000"].(*Keygen).Result()
-	if err != nil {
-		t.Fatal(err)
-	}
 	group := shares(t, generation)
-	fmt.Fprintf(&out, "transcript %x\ngroup %x\n", transcript, group["h000"].Group.Encode())
+	fmt.Fprintf(&out, "transcript %x\ngroup %x\n", generation.sessions["h000"].(*Keygen).echo, group["h000"].Group.Encode())
 	sign := func(title string, net *network) {
 		record(title, net)
 		sig, err := net.sessions["h001"].(*Sign).Signature()

@@ -16,14 +16,8 @@ import (
 	"conseal/protocol/mailbox"
 )
 
-// KeygenConfig is what all holders of a key generation have in common, and who
-// this one is.
-type KeygenConfig struct {
-	Session protocol.SessionID
-	Self    protocol.HostID
-	Holders []protocol.HostID // sorted; all take part
-	Quorum  int
-}
+// KeygenConfig is what a key generation is made of.
+type KeygenConfig = dealing.KeygenConfig
 
 // Keygen is a key generation: the DKG of the FROST paper (Komlo and Goldberg 2020,
 // figure 1), with an echo of the broadcasts.
@@ -56,7 +50,7 @@ var errClosed = errors.New("the session is over")
 
 // NewKeygen makes the session of one holder.
 func NewKeygen(cfg KeygenConfig) (*Keygen, error) {
-	if err := checkHolders(cfg.Quorum, cfg.Holders); err != nil {
+	if err := dealing.CheckHolders(cfg.Quorum, cfg.Holders); err != nil {
 		return nil, fmt.Errorf("FROST key generation: %w", err)
 	}
 	if err := protocol.CheckParties(cfg.Self, cfg.Holders); err != nil {
@@ -264,19 +258,18 @@ func (k *Keygen) group() (*Group, error) {
 	return newGroup(k.cfg.Quorum, k.cfg.Holders, public, shares), nil
 }
 
-// Result returns the share and the hash of all broadcasts, once the session is
-// done. The caller owns the share.
-func (k *Keygen) Result() (*Share, [32]byte, error) {
+// Result returns the share, once the session is done. The caller owns it.
+func (k *Keygen) Result() (*Share, error) {
 	if k.share == nil {
-		return nil, [32]byte{}, errors.New("the key generation is not done")
+		return nil, errors.New("the key generation is not done")
 	}
 	scalar, err := k.share.Secret()
 	if err != nil {
-		return nil, [32]byte{}, err
+		return nil, err
 	}
 	s := *k.share
 	s.secret = scalar
-	return &s, k.echo, nil
+	return &s, nil
 }
 
 // Close wipes the dealing and the session's copy of the share.

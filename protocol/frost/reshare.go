@@ -7,26 +7,14 @@ import (
 
 	ed "filippo.io/edwards25519"
 
-	"conseal/protocol"
 	"conseal/protocol/dealing"
 )
 
-// ReshareConfig is what the hosts of a resharing have in common, and who this one is.
-// The session's id stands for all that is common: the old group, dealers, holders and
-// quorum. No two sessions have one id.
+// ReshareConfig is what a resharing is made of.
 type ReshareConfig struct {
-	Session protocol.SessionID
-	Self    protocol.HostID
-	Old     *Group
-	Dealers []protocol.HostID // sorted; a quorum of the old holders
-	Share   *Share            // the old share of a dealer, nil at others; it is not changed
-	Holders []protocol.HostID // sorted; of the new shares
-	Quorum  int               // of the new shares
-
-	// Sign signs a digest with this host's identity key. A dealer signs once.
-	Sign func(digest [32]byte) ([]byte, error)
-	// Verify checks such a signature by the key that is pinned for a host.
-	Verify func(host protocol.HostID, digest [32]byte, signature []byte) error
+	dealing.Plan
+	Old   *Group
+	Share *Share // the old share of a dealer, nil at others; it is not changed
 }
 
 // Reshare replaces the shares of a key under the same public key: any quorum of its
@@ -41,62 +29,36 @@ type Reshare struct {
 // in one.
 func NewReshare(cfg ReshareConfig) (*Reshare, error) {
 	cfg.Holders = slices.Clone(cfg.Holders)
-	s, err := newReshare(&cfg)
+	s, err := dealing.New(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("FROST resharing: %w", err)
 	}
 	return &Reshare{Session: s, cfg: cfg}, nil
 }
 
-func newReshare(cfg *ReshareConfig) (*dealing.Session[*ed.Point, *ed.Scalar], error) {
-	inner, err := cfg.dealing()
-	if err != nil {
-		return nil, err
-	}
-	if cfg.Share != nil {
-		if cfg.Share.Self != cfg.Self || !cfg.Share.Group.equal(cfg.Old) {
-			return nil, fmt.Errorf("host %q has no share of this key and epoch", cfg.Self)
-		}
-		inner.Share = cfg.Share.use
-	}
-	return dealing.New(inner)
-}
-
-// dealing is the configuration of the session without the share.
-func (cfg *ReshareConfig) dealing() (out dealing.Config[*ed.Point, *ed.Scalar], err error) {
-	if cfg.Old == nil || cfg.Old.public == nil {
+// Dealing is the resharing as package dealing takes it.
+func (cfg ReshareConfig) Dealing() (out dealing.Config[*ed.Point, *ed.Scalar], err error) {
+	g := cfg.Old
+	if g == nil || g.public == nil {
 		return out, errors.New("no group of a key generation or of DecodeGroup")
 	}
-	return dealing.Config[*ed.Point, *ed.Scalar]{
-		Group: curve, Session: cfg.Session, Self: cfg.Self,
-		Old:     dealing.Key[*ed.Point]{Encoded: cfg.Old.Encode(), Quorum: cfg.Old.Quorum, Holders: cfg.Old.Holders, Shares: cfg.Old.shares, Public: cfg.Old.public},
-		Dealers: cfg.Dealers, Holders: cfg.Holders, Quorum: cfg.Quorum, Sign: cfg.Sign, Verify: cfg.Verify,
-	}, checkHolders(cfg.Quorum, cfg.Holders)
-}
-
-// VerifyComplaint returns nil if a complaint proves that its dealer cheated in the
-// session of cfg, of which neither Self, Share nor Sign is needed.
-func VerifyComplaint(cfg ReshareConfig, c *dealing.Complaint) error {
-	inner, err := cfg.dealing()
-	if err != nil {
-		return fmt.Errorf("FROST resharing: %w", err)
+	out.Plan, out.Group = cfg.Plan, curve
+	out.Old = dealing.Key[*ed.Point]{Encoded: g.Encode(), Quorum: g.Quorum, Holders: g.Holders, Shares: g.shares, Public: g.public}
+	if s := cfg.Share; s != nil {
+		out.Share = &dealing.Share[*ed.Scalar]{Self: s.Self, Encoded: s.Public(), Lend: s.use}
 	}
-	return dealing.VerifyComplaint(inner, c)
+	return out, nil
 }
 
 // Result returns the new share of a holder, once the session is done. The caller owns
 // it. A dealer that is no holder has none.
-func (r *Reshare) Result() (*Share, error) {
-	scalar, shares, err := r.Output()
+func (r *Reshare) Result() (share *Share, err error) {
+	err = r.Output(func(scalar []byte, shares []*ed.Point) error {
+		share, err = LoadShare(newGroup(r.cfg.Quorum, r.cfg.Holders, r.cfg.Old.public, shares), r.cfg.Self, scalar)
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("FROST resharing: %w", err)
 	}
-	defer scalar.Wipe()
-	g := newGroup(r.cfg.Quorum, r.cfg.Holders, r.cfg.Old.public, shares)
-	var share *Share
-	err = scalar.Use(func(b []byte) error {
-		share, err = LoadShare(g, r.cfg.Self, b)
-		return err
-	})
-	return share, err
+	return share, nil
 }

@@ -29,11 +29,11 @@ func verifyIdentity(h protocol.HostID, digest [32]byte, signature []byte) error 
 }
 
 func reshareConfig(old map[protocol.HostID]*Share, self protocol.HostID, dealers, holders []protocol.HostID, quorum int) ReshareConfig {
-	cfg := ReshareConfig{
-		Session: testSession, Self: self, Old: old[dealers[0]].Group, Dealers: dealers, Holders: holders, Quorum: quorum,
+	cfg := ReshareConfig{Old: old[dealers[0]].Group, Plan: dealing.Plan{
+		Session: testSession, Self: self, Dealers: dealers, Holders: holders, Quorum: quorum,
 		Sign:   func(digest [32]byte) ([]byte, error) { return ed25519.Sign(identityKey(self), digest[:]), nil },
 		Verify: verifyIdentity,
-	}
+	}}
 	if slices.Contains(dealers, self) {
 		cfg.Share = old[self]
 	}
@@ -243,7 +243,7 @@ func TestReshareConfigurationsThatMakeNoSense(t *testing.T) {
 		"no holders":           func(c *ReshareConfig) { c.Holders = nil },
 		"unsorted holders":     func(c *ReshareConfig) { c.Holders = []protocol.HostID{"h001", "h000"} },
 		"a holder twice":       func(c *ReshareConfig) { c.Holders = []protocol.HostID{"h000", "h000"} },
-		"too many holders":     func(c *ReshareConfig) { c.Holders = hostNames(MaxHolders + 1) },
+		"too many holders":     func(c *ReshareConfig) { c.Holders = hostNames(dealing.MaxHolders + 1) },
 		"a quorum of one":      func(c *ReshareConfig) { c.Quorum = 1 },
 		"a quorum of more":     func(c *ReshareConfig) { c.Quorum = 4 },
 		"no way to sign":       func(c *ReshareConfig) { c.Sign = nil },

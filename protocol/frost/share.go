@@ -18,13 +18,8 @@ import (
 
 	"conseal/internal/secret"
 	"conseal/protocol"
+	"conseal/protocol/dealing"
 )
-
-// MaxHolders bounds a group; so that sums and messages stay small.
-const MaxHolders = 255
-
-// maxName bounds the names in an encoded group, in bytes.
-const maxName = 255
 
 // Group is the public output of a key generation.
 type Group struct {
@@ -79,8 +74,8 @@ func decodeGroup(b []byte) (*Group, error) {
 		return nil, errors.New("not of version 1")
 	}
 	quorum, n := int(binary.BigEndian.Uint16(b[1:])), int(binary.BigEndian.Uint16(b[3:]))
-	if n > MaxHolders {
-		return nil, fmt.Errorf("%d holders are over the limit of %d", n, MaxHolders)
+	if n > dealing.MaxHolders {
+		return nil, fmt.Errorf("%d holders are over the limit of %d", n, dealing.MaxHolders)
 	}
 	b = b[5:]
 	var holders []protocol.HostID
@@ -105,26 +100,13 @@ func decodeGroup(b []byte) (*Group, error) {
 		return nil, fmt.Errorf("public key: %w", err)
 	}
 	g := newGroup(quorum, holders, public, points)
-	if err := checkHolders(quorum, holders); err != nil {
+	if err := dealing.CheckHolders(quorum, holders); err != nil {
 		return nil, err
 	}
 	if !bytes.Equal(g.Encode(), whole) {
 		return nil, errors.New("not in canonical form")
 	}
 	return g, g.consistent()
-}
-
-// checkHolders refuses groups that make no sense.
-func checkHolders(quorum int, holders []protocol.HostID) error {
-	if quorum < 2 || quorum > len(holders) || len(holders) > MaxHolders {
-		return fmt.Errorf("quorum %d of %d holders: want 2 <= quorum <= holders <= %d", quorum, len(holders), MaxHolders)
-	}
-	for _, h := range holders {
-		if len(h) > maxName {
-			return fmt.Errorf("a holder's name has %d bytes", len(h))
-		}
-	}
-	return protocol.CheckParties(holders[0], holders)
 }
 
 // consistent interpolates the public key, and every share beyond the first
@@ -187,6 +169,9 @@ func LoadShare(group *Group, self protocol.HostID, scalar []byte) (*Share, error
 
 // Secret returns a copy of the share's scalar, 32 bytes, for storage.
 func (s *Share) Secret() (*secret.Bytes, error) { return s.secret.Clone() }
+
+// Public is the encoded group, which everybody may know.
+func (s *Share) Public() []byte { return s.Group.Encode() }
 
 // Wipe ends the share.
 func (s *Share) Wipe() { s.secret.Wipe() }

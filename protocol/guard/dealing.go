@@ -20,22 +20,24 @@ type Dealing struct{ curve.Curve }
 
 var _ dealing.Group[curve.Point, curve.Scalar] = Dealing{}
 
-// Key is what is public of a group, checked, for a resharing.
-func (g *Group) Key(c curve.Curve, encoded []byte) (dealing.Key[curve.Point], error) {
-	key := dealing.Key[curve.Point]{Encoded: encoded, Quorum: g.Quorum, Holders: g.Holders}
+// Dealing is a resharing of a group's key as package dealing takes it, without a share.
+// It checks the group.
+func (g *Group) Dealing(c curve.Curve, encoded []byte, plan dealing.Plan) (dealing.Config[curve.Point, curve.Scalar], error) {
+	out := dealing.Config[curve.Point, curve.Scalar]{Plan: plan, Group: Dealing{c}}
+	out.Old = dealing.Key[curve.Point]{Encoded: encoded, Quorum: g.Quorum, Holders: g.Holders}
 	if err := g.Check(c); err != nil {
-		return key, err
+		return out, err
 	}
 	for _, x := range g.VerificationShares {
 		p, err := DecodePoint(c, x[:])
 		if err != nil {
-			return key, err
+			return out, err
 		}
-		key.Shares = append(key.Shares, p)
+		out.Old.Shares = append(out.Old.Shares, p)
 	}
 	var err error
-	key.Public, err = DecodePoint(c, g.PublicKey[:])
-	return key, err
+	out.Old.Public, err = DecodePoint(c, g.PublicKey[:])
+	return out, err
 }
 
 // Next is the group of the same key after a resharing to holders.

@@ -12,6 +12,7 @@ import (
 	"github.com/luxfi/threshold/pkg/party"
 
 	"conseal/protocol"
+	"conseal/protocol/dealing"
 )
 
 // PointSize is the length of a compressed point, in bytes.
@@ -46,8 +47,8 @@ func DecodeGroup(c curve.Curve, b []byte) (g Group, rest []byte, err error) {
 	}
 	g.Quorum = int(binary.BigEndian.Uint16(b))
 	n := int(binary.BigEndian.Uint16(b[2:]))
-	if n > MaxParties {
-		return g, nil, fmt.Errorf("%d holders are over the limit of %d", n, MaxParties)
+	if n > dealing.MaxHolders {
+		return g, nil, fmt.Errorf("%d holders are over the limit of %d", n, dealing.MaxHolders)
 	}
 	b = b[4:]
 	for range n {
@@ -67,24 +68,11 @@ func DecodeGroup(c curve.Curve, b []byte) (g Group, rest []byte, err error) {
 	return g, b[PointSize:], g.Check(c)
 }
 
-// CheckHolders refuses groups that make no sense.
-func CheckHolders(quorum int, holders []protocol.HostID) error {
-	if quorum < 2 || quorum > len(holders) || len(holders) > MaxParties {
-		return fmt.Errorf("quorum %d of %d holders: want 2 <= quorum <= holders <= %d", quorum, len(holders), MaxParties)
-	}
-	for _, h := range holders {
-		if len(h) > 255 {
-			return fmt.Errorf("a holder's name has %d bytes", len(h))
-		}
-	}
-	return protocol.CheckParties(holders[0], holders)
-}
-
 // Check checks every point, and that all verification shares lie on one polynomial of
 // degree Quorum-1 with the public key at zero: the first Quorum-1 of them together
 // with any other give the public key.
 func (g *Group) Check(c curve.Curve) error {
-	if err := CheckHolders(g.Quorum, g.Holders); err != nil {
+	if err := dealing.CheckHolders(g.Quorum, g.Holders); err != nil {
 		return err
 	}
 	public, err := DecodePoint(c, g.PublicKey[:])

@@ -23,6 +23,7 @@ import (
 	module "github.com/luxfi/threshold/pkg/protocol"
 
 	"conseal/protocol"
+	"conseal/protocol/dealing"
 )
 
 // Round is what every other party sends in one round. What is nil the round does not
@@ -84,9 +85,6 @@ type slot struct {
 	broadcast bool
 }
 
-// MaxParties bounds a session; so that ids have one length.
-const MaxParties = 255
-
 // ID is the module's name of the holder at a position, counted from 0: of one length,
 // never zero, never twice the same. The module also takes it for a number, the
 // holder's point of the polynomial.
@@ -99,7 +97,7 @@ func New(cfg Config) (*Session, error) {
 	if err := protocol.CheckParties(cfg.Self, cfg.Parties); err != nil {
 		return nil, err
 	}
-	if len(cfg.Parties) < 2 || len(cfg.Parties) > MaxParties || len(cfg.Rounds) == 0 {
+	if len(cfg.Parties) < 2 || len(cfg.Parties) > dealing.MaxHolders || len(cfg.Rounds) == 0 {
 		return nil, fmt.Errorf("a session of %d parties and %d rounds", len(cfg.Parties), len(cfg.Rounds))
 	}
 	s := &Session{cfg: cfg, names: map[party.ID]protocol.HostID{}, got: map[slot]bool{}}
@@ -114,6 +112,23 @@ func New(cfg Config) (*Session, error) {
 		}
 	}
 	return s, nil
+}
+
+// NewKeygen makes the session of one holder of a key generation, of which the module
+// gives the start: it takes its names of this holder and of all, and its threshold.
+func NewKeygen(cfg dealing.KeygenConfig, rounds func(quorum int) []Round, start func(self party.ID, all []party.ID, threshold int) module.StartFunc) (*Session, error) {
+	if err := dealing.CheckHolders(cfg.Quorum, cfg.Holders); err != nil {
+		return nil, err
+	}
+	var all []party.ID
+	for i := range cfg.Holders {
+		all = append(all, ID(i))
+	}
+	ids := IDs(cfg.Holders)
+	return New(Config{
+		Session: cfg.Session, Self: cfg.Self, Parties: cfg.Holders, IDs: ids,
+		Rounds: rounds(cfg.Quorum), Start: start(ids[cfg.Self], all, Threshold(cfg.Quorum)),
+	})
 }
 
 // Start runs the module's first round.

@@ -1,34 +1,21 @@
 package taproot
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"slices"
 
 	"github.com/luxfi/threshold/pkg/math/curve"
 
-	"conseal/protocol"
 	"conseal/protocol/dealing"
 	"conseal/protocol/guard"
 )
 
-// ReshareConfig is what the hosts of a resharing have in common, and who this one is.
-// The session's id stands for all that is common: the old group, dealers, holders and
-// quorum. No two sessions have one id.
+// ReshareConfig is what a resharing is made of.
 type ReshareConfig struct {
-	Session protocol.SessionID
-	Self    protocol.HostID
-	Old     *Group
-	Dealers []protocol.HostID // sorted; a quorum of the old holders
-	Share   *Share            // the old share of a dealer, nil at others; it is not changed
-	Holders []protocol.HostID // sorted; of the new shares
-	Quorum  int               // of the new shares
-
-	// Sign signs a digest with this host's identity key. A dealer signs once.
-	Sign func(digest [32]byte) ([]byte, error)
-	// Verify checks such a signature by the key that is pinned for a host.
-	Verify func(host protocol.HostID, digest [32]byte, signature []byte) error
+	dealing.Plan
+	Old   *Group
+	Share *Share // the old share of a dealer, nil at others; it is not changed
 }
 
 // Reshare replaces the shares of a key under the same public key: any quorum of its
@@ -44,50 +31,23 @@ type Reshare struct {
 // in one.
 func NewReshare(cfg ReshareConfig) (*Reshare, error) {
 	cfg.Holders = slices.Clone(cfg.Holders)
-	s, err := newReshare(&cfg)
+	s, err := dealing.New(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("BIP-340 resharing: %w", err)
 	}
 	return &Reshare{Session: s, cfg: cfg}, nil
 }
 
-func newReshare(cfg *ReshareConfig) (*dealing.Session[curve.Point, curve.Scalar], error) {
-	inner, err := cfg.dealing()
-	if err != nil {
-		return nil, err
-	}
-	if cfg.Share != nil {
-		if cfg.Share.Self != cfg.Self || !bytes.Equal(cfg.Share.Group.Encode(), cfg.Old.Encode()) {
-			return nil, fmt.Errorf("host %q has no share of this key and epoch", cfg.Self)
-		}
-		inner.Share = cfg.Share.use
-	}
-	return dealing.New(inner)
-}
-
-// dealing is the configuration of the session without the share.
-func (cfg *ReshareConfig) dealing() (out dealing.Config[curve.Point, curve.Scalar], err error) {
+// Dealing is the resharing as package dealing takes it.
+func (cfg ReshareConfig) Dealing() (out dealing.Config[curve.Point, curve.Scalar], err error) {
 	if cfg.Old == nil {
 		return out, errors.New("no group")
 	}
-	old, err := cfg.Old.Key(group, cfg.Old.Encode())
-	if err != nil {
-		return out, err
+	out, err = cfg.Old.Dealing(group, cfg.Old.Encode(), cfg.Plan)
+	if s := cfg.Share; s != nil {
+		out.Share = &dealing.Share[curve.Scalar]{Self: s.Self, Encoded: s.Public(), Lend: s.use}
 	}
-	return dealing.Config[curve.Point, curve.Scalar]{
-		Group: guard.Dealing{Curve: group}, Session: cfg.Session, Self: cfg.Self, Old: old,
-		Dealers: cfg.Dealers, Holders: cfg.Holders, Quorum: cfg.Quorum, Sign: cfg.Sign, Verify: cfg.Verify,
-	}, guard.CheckHolders(cfg.Quorum, cfg.Holders)
-}
-
-// VerifyComplaint returns nil if a complaint proves that its dealer cheated in the
-// session of cfg, of which neither Self, Share nor Sign is needed.
-func VerifyComplaint(cfg ReshareConfig, c *dealing.Complaint) error {
-	inner, err := cfg.dealing()
-	if err != nil {
-		return fmt.Errorf("BIP-340 resharing: %w", err)
-	}
-	return dealing.VerifyComplaint(inner, c)
+	return out, err
 }
 
 // use lends the share's scalar.
@@ -104,21 +64,16 @@ func (s *Share) use(fn func(x curve.Scalar) error) error {
 
 // Result returns the new share of a holder, once the session is done. The caller wipes
 // it. A dealer that is no holder has none.
-func (r *Reshare) Result() (*Share, error) {
-	scalar, shares, err := r.Output()
+func (r *Reshare) Result() (share *Share, err error) {
+	err = r.Output(func(scalar []byte, shares []curve.Point) error {
+		next, err := r.cfg.Old.Next(r.cfg.Quorum, r.cfg.Holders, shares)
+		if err == nil {
+			share, err = LoadShare(&Group{next}, r.cfg.Self, scalar)
+		}
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("BIP-340 resharing: %w", err)
 	}
-	defer scalar.Wipe()
-	next, err := r.cfg.Old.Next(r.cfg.Quorum, r.cfg.Holders, shares)
-	if err != nil {
-		return nil, err
-	}
-	g := &Group{next}
-	var share *Share
-	err = scalar.Use(func(b []byte) error {
-		share, err = LoadShare(g, r.cfg.Self, b)
-		return err
-	})
-	return share, err
+	return share, nil
 }

@@ -23,8 +23,8 @@ func identity(h protocol.HostID) ed25519.PrivateKey {
 }
 
 func reshareConfig(old shares, id protocol.SessionID, self protocol.HostID, dealers, holders []protocol.HostID, quorum int) taproot.ReshareConfig {
-	cfg := taproot.ReshareConfig{
-		Session: id, Self: self, Old: old[dealers[0]].Group, Dealers: dealers, Holders: holders, Quorum: quorum,
+	cfg := taproot.ReshareConfig{Old: old[dealers[0]].Group, Plan: dealing.Plan{
+		Session: id, Self: self, Dealers: dealers, Holders: holders, Quorum: quorum,
 		Sign: func(digest [32]byte) ([]byte, error) { return ed25519.Sign(identity(self), digest[:]), nil },
 		Verify: func(h protocol.HostID, digest [32]byte, signature []byte) error {
 			if !ed25519.Verify(identity(h).Public().(ed25519.PublicKey), digest[:], signature) {
@@ -32,7 +32,7 @@ func reshareConfig(old shares, id protocol.SessionID, self protocol.HostID, deal
 			}
 			return nil
 		},
-	}
+	}}
 	if slices.Contains(dealers, self) {
 		cfg.Share = old[self]
 	}
@@ -224,11 +224,11 @@ func TestLyingDealer(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := taproot.VerifyComplaint(third, again); err != nil {
+		if err := dealing.VerifyComplaint(third, again); err != nil {
 			t.Errorf("%s: a third host does not believe: %v", name, err)
 		}
 		again.Dealer = "a"
-		if taproot.VerifyComplaint(third, again) == nil {
+		if dealing.VerifyComplaint(third, again) == nil {
 			t.Errorf("%s: a third host believes it of another dealer", name)
 		}
 		if _, err := sessions["a"].Result(); err == nil {

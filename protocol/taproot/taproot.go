@@ -19,6 +19,7 @@ import (
 
 	"conseal/internal/secret"
 	"conseal/protocol"
+	"conseal/protocol/dealing"
 	"conseal/protocol/guard"
 )
 
@@ -95,6 +96,9 @@ func LoadShare(g *Group, self protocol.HostID, scalar []byte) (*Share, error) {
 // Secret returns a copy of the share's scalar, 32 bytes, for storage.
 func (s *Share) Secret() (*secret.Bytes, error) { return s.secret.Clone() }
 
+// Public is the encoded group, which everybody may know.
+func (s *Share) Public() []byte { return s.Group.Encode() }
+
 // Wipe ends the share.
 func (s *Share) Wipe() { s.secret.Wipe() }
 
@@ -116,14 +120,8 @@ func (s *Share) config() (*module.TaprootConfig, error) {
 	return cfg, s.secret.Use(cfg.PrivateShare.UnmarshalBinary)
 }
 
-// KeygenConfig is what all holders of a key generation have in common, and who this
-// one is.
-type KeygenConfig struct {
-	Session protocol.SessionID
-	Self    protocol.HostID
-	Holders []protocol.HostID // sorted; all take part
-	Quorum  int
-}
+// KeygenConfig is what a key generation is made of.
+type KeygenConfig = dealing.KeygenConfig
 
 // Keygen is a key generation: the DKG of the FROST paper (Komlo and Goldberg 2020,
 // figure 1) with an echo of the broadcasts, and the key negated if its y is odd.
@@ -134,18 +132,7 @@ type Keygen struct {
 
 // NewKeygen makes the session of one holder.
 func NewKeygen(cfg KeygenConfig) (*Keygen, error) {
-	if err := guard.CheckHolders(cfg.Quorum, cfg.Holders); err != nil {
-		return nil, fmt.Errorf("BIP-340 key generation: %w", err)
-	}
-	var all []party.ID
-	for i := range cfg.Holders {
-		all = append(all, guard.ID(i))
-	}
-	ids := guard.IDs(cfg.Holders)
-	s, err := guard.New(guard.Config{
-		Session: cfg.Session, Self: cfg.Self, Parties: cfg.Holders, IDs: ids,
-		Rounds: keygenRounds(cfg.Quorum), Start: module.KeygenTaproot(ids[cfg.Self], all, guard.Threshold(cfg.Quorum)),
-	})
+	s, err := guard.NewKeygen(cfg, keygenRounds, module.KeygenTaproot)
 	if err != nil {
 		return nil, fmt.Errorf("BIP-340 key generation: %w", err)
 	}

@@ -192,7 +192,7 @@ func ecdsaKey(curve *cmp.Curve) (map[protocol.HostID]*cmp.Share, error) {
 	sessions := map[protocol.HostID]*cmp.Keygen{}
 	id := sessionID()
 	for _, h := range holders {
-		k, err := cmp.NewKeygen(cmp.KeygenConfig{Session: id, Self: h, Holders: holders, Quorum: 2, Curve: curve})
+		k, err := cmp.NewKeygen(curve, cmp.KeygenConfig{Session: id, Self: h, Holders: holders, Quorum: 2})
 		if err != nil {
 			return nil, err
 		}

@@ -239,7 +239,7 @@ func newGroup(quorum, n int) (*group, error) {
 		return nil, err
 	}
 	for h, s := range sessions {
-		share, _, err := s.(*frost.Keygen).Result()
+		share, err := s.(*frost.Keygen).Result()
 		if err != nil {
 			return nil, err
 		}

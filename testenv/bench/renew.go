@@ -12,6 +12,7 @@ import (
 
 	"conseal/agent/api"
 	"conseal/protocol"
+	"conseal/protocol/dealing"
 	"conseal/protocol/frost"
 	"conseal/testenv"
 )
@@ -53,8 +54,8 @@ func (g *group) refresh() (bytes, messages int, err error) {
 	id, dealers := sessionID(), g.holders[:g.quorum]
 	sessions := map[protocol.HostID]protocol.Session{}
 	for i, h := range g.holders {
-		cfg := frost.ReshareConfig{
-			Session: id, Self: h, Old: g.shares[h].Group, Dealers: dealers, Holders: g.holders, Quorum: g.quorum,
+		cfg := frost.ReshareConfig{Old: g.shares[h].Group, Plan: dealing.Plan{
+			Session: id, Self: h, Dealers: dealers, Holders: g.holders, Quorum: g.quorum,
 			Sign: func(digest [32]byte) ([]byte, error) { return stdecdsa.SignASN1(rand.Reader, keys[h], digest[:]) },
 			Verify: func(host protocol.HostID, digest [32]byte, signature []byte) error {
 				if !stdecdsa.VerifyASN1(&keys[host].PublicKey, digest[:], signature) {
@@ -62,7 +63,7 @@ func (g *group) refresh() (bytes, messages int, err error) {
 				}
 				return nil
 			},
-		}
+		}}
 		if i < g.quorum {
 			cfg.Share = g.shares[h]
 		}
