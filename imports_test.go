@@ -33,7 +33,7 @@ var allowed = map[string][]string{
 	"protocol/mailbox":             {"protocol"},
 	"protocol/dealing":             {"internal/secret", "protocol", "protocol/mailbox"},
 	"protocol/frost":               {"internal/secret", "protocol", "protocol/dealing", "protocol/mailbox"},
-	"protocol/protocoltest":        {"protocol"},
+	"protocol/protocoltest":        {"protocol", "protocol/dealing"},
 	"protocol/guard":               {"protocol", "protocol/dealing"},
 	"protocol/cmp":                 {"internal/secret", "protocol", "protocol/dealing", "protocol/guard", "protocol/mailbox"},
 	"protocol/taproot":             {"internal/secret", "protocol", "protocol/dealing", "protocol/guard"},

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"maps"
 	mathrand "math/rand/v2"
@@ -19,15 +18,6 @@ import (
 	"conseal/protocol/dealing"
 	"conseal/protocol/protocoltest"
 )
-
-// blamed tells whether an error names a host.
-func blamed(err error, host protocol.HostID) bool {
-	var fault *protocol.Fault
-	if errors.As(err, &fault) {
-		return fault.Host == host
-	}
-	return err != nil && strings.Contains(err.Error(), fmt.Sprintf("host %q", host))
-}
 
 // where is the offset of the module's content in a body; see package guard.
 func where(body []byte) int { return 2 + 64 + int(body[65]) }
@@ -137,7 +127,7 @@ func screen[S protocol.Session](t *testing.T, sessions map[protocol.HostID]S, at
 			met[x.name] = true
 			bad := m
 			bad.Body = x.change(bytes.Clone(m.Body))
-			if _, err := sessions["a"].Step(bad); !blamed(err, "b") || strings.Contains(err.Error(), "panicked") {
+			if _, err := sessions["a"].Step(bad); !protocoltest.Blames(err, "b") || strings.Contains(err.Error(), "panicked") {
 				t.Errorf("round %d%c: %s: %v", x.at.round, x.at.what, x.name, err)
 			}
 		}
@@ -178,7 +168,7 @@ func cheat[S protocol.Session](t *testing.T, sessions map[protocol.HostID]S, nam
 		if len(attacks) == 1 && x.at.what == 'b' && slices.Contains(waiting, victim) && failed[liar] != nil {
 			continue // the liar saw first that the other was sent another broadcast
 		}
-		if !done[i] || err == nil || name && !blamed(err, liar) || strings.Contains(err.Error(), "panicked") {
+		if !done[i] || err == nil || name && !protocoltest.Blames(err, liar) || strings.Contains(err.Error(), "panicked") {
 			t.Errorf("round %d%c: %s (sent: %v): %v", x.at.round, x.at.what, x.name, done[i], err)
 		}
 	}
@@ -328,21 +318,21 @@ func TestMessagesOutOfPlace(t *testing.T) {
 		"its kind swapped":       with(func(m *protocol.Message) { m.Body[0] = 'd' }),
 		"another round's body":   with(func(m *protocol.Message) { m.Body = append(m.Body[:66:66], "\xa1\x65Sigma\x40"...) }),
 	} {
-		if _, err := a.Step(m); !blamed(err, m.From) {
+		if _, err := a.Step(m); !protocoltest.Blames(err, m.From) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 	if _, err := a.Step(theirs[broadcast]); err != nil {
 		t.Errorf("the right message after all these: %v", err)
 	}
-	if _, err := a.Step(theirs[broadcast]); !blamed(err, "b") || !strings.Contains(err.Error(), "second message") {
+	if _, err := a.Step(theirs[broadcast]); !protocoltest.Blames(err, "b") || !strings.Contains(err.Error(), "second message") {
 		t.Errorf("the same again: %v", err)
 	}
 	ready, err := a.Step(theirs[direct])
 	if err != nil || len(ready.Send) == 0 {
 		t.Errorf("the rest of the round: %v, %d messages", err, len(ready.Send))
 	}
-	if _, err := a.Step(theirs[direct]); !blamed(err, "b") || !strings.Contains(err.Error(), "over") {
+	if _, err := a.Step(theirs[direct]); !protocoltest.Blames(err, "b") || !strings.Contains(err.Error(), "over") {
 		t.Errorf("a round that is over: %v", err)
 	}
 	a.Close()

@@ -7,7 +7,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"flag"
-	"fmt"
 	"maps"
 	"math/big"
 	mathrand "math/rand/v2"
@@ -33,53 +32,20 @@ type shares map[protocol.HostID]*cmp.Share
 
 func keygen(t testing.TB, c *cmp.Curve, n, quorum int) shares {
 	t.Helper()
-	net := protocoltest.Network[*cmp.Keygen]{Sessions: map[protocol.HostID]*cmp.Keygen{}}
-	id := protocoltest.SessionID()
-	for _, h := range protocoltest.Hosts(n) {
-		k, err := cmp.NewKeygen(c, cmp.KeygenConfig{Session: id, Self: h, Holders: protocoltest.Hosts(n), Quorum: quorum})
-		if err != nil {
-			t.Fatal(err)
-		}
-		net.Sessions[h] = k
-	}
+	hosts := protocoltest.Hosts(n)
+	net := protocoltest.Connect(t, hosts, func(id protocol.SessionID, h protocol.HostID) (*cmp.Keygen, error) {
+		return cmp.NewKeygen(c, cmp.KeygenConfig{Session: id, Self: h, Holders: hosts, Quorum: quorum})
+	})
 	net.MustRun(t)
-	return results(t, net)
-}
-
-func results(t testing.TB, net protocoltest.Network[*cmp.Keygen]) shares {
-	t.Helper()
-	out := shares{}
-	var group []byte
-	for h, k := range net.Sessions {
-		share, err := k.Result()
-		if err != nil {
-			t.Fatal(err)
-		}
-		k.Close()
-		if group == nil {
-			group = share.Group.Encode()
-		}
-		if !slices.Equal(group, share.Group.Encode()) {
-			t.Fatal("hosts ended with different groups")
-		}
-		out[h] = share
-	}
-	return out
+	return protocoltest.Shares(t, net.Sessions, hosts)
 }
 
 // Keys are made once in a run of the tests: it takes seconds.
 var (
-	p256Keys      = sync.OnceValue(func() shares { return keygen(keyMaker{}, cmp.P256, 3, 2) })
-	twoKeys       = sync.OnceValue(func() shares { return keygen(keyMaker{}, cmp.P256, 2, 2) })
-	secp256k1Keys = sync.OnceValue(func() shares { return keygen(keyMaker{}, cmp.Secp256k1, 3, 3) })
+	p256Keys      = sync.OnceValue(func() shares { return keygen(protocoltest.Aside{}, cmp.P256, 3, 2) })
+	twoKeys       = sync.OnceValue(func() shares { return keygen(protocoltest.Aside{}, cmp.P256, 2, 2) })
+	secp256k1Keys = sync.OnceValue(func() shares { return keygen(protocoltest.Aside{}, cmp.Secp256k1, 3, 3) })
 )
-
-// keyMaker stands in for a test when a key is made for all.
-type keyMaker struct{ testing.TB }
-
-func (keyMaker) Helper()                           {}
-func (keyMaker) Fatal(args ...any)                 { panic(fmt.Sprint(args...)) }
-func (keyMaker) Fatalf(format string, args ...any) { panic(fmt.Sprintf(format, args...)) }
 
 func keys() map[string]shares {
 	return map[string]shares{"P-256": p256Keys(), "secp256k1": secp256k1Keys()}
@@ -87,39 +53,23 @@ func keys() map[string]shares {
 
 // quorum gives the signers' names, chosen at random.
 func (s shares) quorum() []protocol.HostID {
-	all := slices.Sorted(maps.Keys(s))
-	mathrand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
-	return slices.Sorted(slices.Values(all[:s.group().Quorum]))
+	return protocoltest.Some(slices.Collect(maps.Keys(s)), s.group().Quorum)
 }
 
 func (s shares) group() *cmp.Group { return s["a"].Group }
 
 func (s shares) sign(t testing.TB, signers []protocol.HostID, digest [32]byte) protocoltest.Network[*cmp.Sign] {
 	t.Helper()
-	net := protocoltest.Network[*cmp.Sign]{Sessions: map[protocol.HostID]*cmp.Sign{}}
-	id := protocoltest.SessionID()
-	for _, h := range signers {
-		session, err := cmp.NewSign(cmp.SignConfig{Session: id, Share: s[h], Signers: signers, Digest: digest})
-		if err != nil {
-			t.Fatal(err)
-		}
-		net.Sessions[h] = session
-	}
-	return net
+	return protocoltest.Connect(t, signers, func(id protocol.SessionID, h protocol.HostID) (*cmp.Sign, error) {
+		return cmp.NewSign(cmp.SignConfig{Session: id, Share: s[h], Signers: signers, Digest: digest})
+	})
 }
 
 func (s shares) presign(t testing.TB, signers []protocol.HostID) protocoltest.Network[*cmp.Presign] {
 	t.Helper()
-	net := protocoltest.Network[*cmp.Presign]{Sessions: map[protocol.HostID]*cmp.Presign{}}
-	id := protocoltest.SessionID()
-	for _, h := range signers {
-		session, err := cmp.NewPresign(cmp.SignConfig{Session: id, Share: s[h], Signers: signers})
-		if err != nil {
-			t.Fatal(err)
-		}
-		net.Sessions[h] = session
-	}
-	return net
+	return protocoltest.Connect(t, signers, func(id protocol.SessionID, h protocol.HostID) (*cmp.Presign, error) {
+		return cmp.NewPresign(cmp.SignConfig{Session: id, Share: s[h], Signers: signers})
+	})
 }
 
 // verify has the signature of a message judged by code that is not ours.

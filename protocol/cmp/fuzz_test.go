@@ -17,22 +17,17 @@ import (
 	"conseal/protocol/protocoltest"
 )
 
+func keygens(t testing.TB) protocoltest.Network[*Keygen] {
+	return protocoltest.Connect(t, protocoltest.Hosts(2), func(id protocol.SessionID, h protocol.HostID) (*Keygen, error) {
+		return NewKeygen(P256, KeygenConfig{Session: id, Self: h, Holders: protocoltest.Hosts(2), Quorum: 2})
+	})
+}
+
 func fuzzShares(t testing.TB) map[protocol.HostID]*Share {
 	t.Helper()
-	net := protocoltest.Network[*Keygen]{Sessions: map[protocol.HostID]*Keygen{}}
-	for h, s := range buildKeygen(t)(t) {
-		net.Sessions[h] = s.(*Keygen)
-	}
+	net := keygens(t)
 	net.MustRun(t)
-	out := map[protocol.HostID]*Share{}
-	for h, k := range net.Sessions {
-		share, err := k.Result()
-		if err != nil {
-			t.Fatal(err)
-		}
-		out[h] = share
-	}
-	return out
+	return protocoltest.Shares(t, net.Sessions, protocoltest.Hosts(2))
 }
 
 var sharesOnce struct {
@@ -51,23 +46,12 @@ type builder func(testing.TB) map[protocol.HostID]protocol.Session
 // sessions makes a builder of one that makes a session of a host.
 func sessions[S protocol.Session](one func(id protocol.SessionID, h protocol.HostID) (S, error)) builder {
 	return func(t testing.TB) map[protocol.HostID]protocol.Session {
-		out := map[protocol.HostID]protocol.Session{}
-		id := protocoltest.SessionID()
-		for _, h := range protocoltest.Hosts(2) {
-			s, err := one(id, h)
-			if err != nil {
-				t.Fatal(err)
-			}
-			out[h] = s
-		}
-		return out
+		return protocoltest.Connect(t, protocoltest.Hosts(2), one).Untyped()
 	}
 }
 
 func buildKeygen(testing.TB) builder {
-	return sessions(func(id protocol.SessionID, h protocol.HostID) (*Keygen, error) {
-		return NewKeygen(P256, KeygenConfig{Session: id, Self: h, Holders: protocoltest.Hosts(2), Quorum: 2})
-	})
+	return func(t testing.TB) map[protocol.HostID]protocol.Session { return keygens(t).Untyped() }
 }
 
 func buildRefresh(t testing.TB) builder {

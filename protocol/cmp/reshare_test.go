@@ -2,7 +2,6 @@ package cmp_test
 
 import (
 	"bytes"
-	"crypto/ed25519"
 	"crypto/sha256"
 	"errors"
 	"maps"
@@ -18,27 +17,11 @@ import (
 
 	"conseal/protocol"
 	"conseal/protocol/cmp"
-	"conseal/protocol/dealing"
 	"conseal/protocol/protocoltest"
 )
 
-// identity is the key by which a host signs its dealings.
-func identity(h protocol.HostID) ed25519.PrivateKey {
-	seed := sha256.Sum256([]byte(h))
-	return ed25519.NewKeyFromSeed(seed[:])
-}
-
 func reshareConfig(old shares, id protocol.SessionID, self protocol.HostID, dealers, holders []protocol.HostID, quorum int) cmp.ReshareConfig {
-	cfg := cmp.ReshareConfig{Old: old[dealers[0]].Group, Plan: dealing.Plan{
-		Session: id, Self: self, Dealers: dealers, Holders: holders, Quorum: quorum,
-		Sign: func(digest [32]byte) ([]byte, error) { return ed25519.Sign(identity(self), digest[:]), nil },
-		Verify: func(h protocol.HostID, digest [32]byte, signature []byte) error {
-			if !ed25519.Verify(identity(h).Public().(ed25519.PublicKey), digest[:], signature) {
-				return errors.New("not signed by this host")
-			}
-			return nil
-		},
-	}}
+	cfg := cmp.ReshareConfig{Plan: protocoltest.Plan(id, self, dealers, holders, quorum), Old: old[dealers[0]].Group}
 	if slices.Contains(dealers, self) {
 		cfg.Share = old[self]
 	}
@@ -47,52 +30,24 @@ func reshareConfig(old shares, id protocol.SessionID, self protocol.HostID, deal
 
 type resharing = protocoltest.Network[*cmp.Reshare]
 
-func reshareSessions(t testing.TB, old shares, dealers, holders []protocol.HostID, quorum int) resharing {
+func reshares(t testing.TB, old shares, dealers, holders []protocol.HostID, quorum int) resharing {
 	t.Helper()
-	net := resharing{Sessions: map[protocol.HostID]*cmp.Reshare{}}
-	id := protocoltest.SessionID()
-	for _, h := range slices.Concat(dealers, holders) {
-		s, err := cmp.NewReshare(reshareConfig(old, id, h, dealers, holders, quorum))
-		if err != nil {
-			t.Fatal(err)
-		}
-		net.Sessions[h] = s
-	}
-	return net
+	return protocoltest.Connect(t, slices.Concat(dealers, holders), func(id protocol.SessionID, h protocol.HostID) (*cmp.Reshare, error) {
+		return cmp.NewReshare(reshareConfig(old, id, h, dealers, holders, quorum))
+	})
 }
 
 // refreshing gives the holders of a key new shares.
 func refreshing(t testing.TB, key shares) resharing {
 	t.Helper()
-	return reshareSessions(t, key, key.quorum(), key.group().Holders, key.group().Quorum)
+	return reshares(t, key, key.quorum(), key.group().Holders, key.group().Quorum)
 }
 
 // newShares are the results of a resharing, whose hosts agree on it.
 func newShares(t testing.TB, net resharing, holders []protocol.HostID) shares {
 	t.Helper()
-	out := shares{}
-	var group []byte
-	var transcript [32]byte
-	for h, s := range net.Sessions {
-		had, err := s.Transcript()
-		if err != nil || transcript != [32]byte{} && had != transcript {
-			t.Fatalf("%s: another transcript: %v", h, err)
-		}
-		transcript = had
-		share, err := s.Result()
-		if holds := slices.Contains(holders, h); holds != (err == nil) {
-			t.Fatalf("%s is a holder: %v, and has: %v", h, holds, err)
-		}
-		s.Close()
-		if err != nil {
-			continue
-		}
-		if group == nil {
-			group = share.Group.Encode()
-		}
-		if !bytes.Equal(group, share.Group.Encode()) {
-			t.Fatal("hosts ended with different groups")
-		}
+	out := protocoltest.NewShares(t, net.Sessions, holders)
+	for h, share := range out {
 		stored, err := share.Secret()
 		if err != nil {
 			t.Fatal(err)
@@ -101,7 +56,6 @@ func newShares(t testing.TB, net resharing, holders []protocol.HostID) shares {
 		if err != nil {
 			t.Fatal(err)
 		}
-		out[h] = share
 	}
 	return out
 }
@@ -125,7 +79,7 @@ func (s shares) mustSign(t testing.TB, signers []protocol.HostID) {
 func TestReshare(t *testing.T) {
 	old := p256Keys() // 2 of a, b and c
 	first := []protocol.HostID{"b", "d", "e"}
-	net := reshareSessions(t, old, []protocol.HostID{"a", "b"}, first, 3)
+	net := reshares(t, old, []protocol.HostID{"a", "b"}, first, 3)
 	net.MustRun(t)
 	fresh := newShares(t, net, first)
 	if fresh["d"].Group.PublicKey != old.group().PublicKey {
@@ -135,7 +89,7 @@ func TestReshare(t *testing.T) {
 	old.mustSign(t, []protocol.HostID{"a", "c"}) // until they are erased
 
 	second := []protocol.HostID{"a", "e"}
-	net = reshareSessions(t, fresh, first, second, 2)
+	net = reshares(t, fresh, first, second, 2)
 	net.MustRun(t)
 	last := newShares(t, net, second)
 	if last["a"].Group.PublicKey != old.group().PublicKey {
@@ -200,14 +154,9 @@ func TestRefreshIsBoundToTheDealing(t *testing.T) {
 	key, hosts, id := twoKeys(), protocoltest.Hosts(2), protocoltest.SessionID()
 	// run has one host alone get to the refresh: each computes for seconds there.
 	run := func(ends protocol.HostID, alter func(m protocol.Message) []protocol.Message) map[protocol.HostID]error {
-		net := resharing{Sessions: map[protocol.HostID]*cmp.Reshare{}}
-		for _, h := range hosts {
-			s, err := cmp.NewReshare(reshareConfig(key, id, h, hosts, hosts, 2))
-			if err != nil {
-				t.Fatal(err)
-			}
-			net.Sessions[h] = s
-		}
+		net := protocoltest.Connect(t, hosts, func(_ protocol.SessionID, h protocol.HostID) (*cmp.Reshare, error) {
+			return cmp.NewReshare(reshareConfig(key, id, h, hosts, hosts, 2))
+		})
 		net.Alter = func(m protocol.Message) []protocol.Message {
 			if m.Round == 3 && m.To != ends {
 				return nil
@@ -234,7 +183,7 @@ func TestRefreshIsBoundToTheDealing(t *testing.T) {
 		}
 		return []protocol.Message{m}
 	})
-	if !blamed(failed["a"], "b") || !strings.Contains(failed["a"].Error(), "another session of the module") {
+	if !protocoltest.Blames(failed["a"], "b") || !strings.Contains(failed["a"].Error(), "another session of the module") {
 		t.Errorf("replayed: %v", failed)
 	}
 }
@@ -276,7 +225,7 @@ func TestRefresh(t *testing.T) {
 	holders := protocoltest.Hosts(2)
 	for name, key := range map[string]shares{"P-256": twoKeys(), "secp256k1, of three": secp256k1Keys()} {
 		t.Run(name, func(t *testing.T) {
-			net := reshareSessions(t, key, key.quorum(), holders, 2)
+			net := reshares(t, key, key.quorum(), holders, 2)
 			late(t, net, func(m protocol.Message) bool { return m.To == "a" && m.From == "b" && m.Round == 3 })
 			for _, s := range key { // as if the refresh had made another key
 				s.Group.PublicKey[5] ^= 1
@@ -390,7 +339,10 @@ func TestEarlyRefresh(t *testing.T) {
 
 func TestBadReshareConfigs(t *testing.T) {
 	key, two := p256Keys(), protocoltest.Hosts(2)
-	for name, change := range map[string]func(*cmp.ReshareConfig){
+	good := func() cmp.ReshareConfig {
+		return reshareConfig(key, protocol.SessionID{1}, "a", two, two, 2)
+	}
+	protocoltest.Refuses(t, cmp.NewReshare, good, map[string]func(*cmp.ReshareConfig){
 		"no group":            func(c *cmp.ReshareConfig) { c.Old = nil },
 		"an empty group":      func(c *cmp.ReshareConfig) { c.Old = &cmp.Group{} },
 		"a group of nobody":   func(c *cmp.ReshareConfig) { c.Old = &cmp.Group{Curve: cmp.P256} },
@@ -400,14 +352,5 @@ func TestBadReshareConfigs(t *testing.T) {
 		"no holders":          func(c *cmp.ReshareConfig) { c.Holders = nil },
 		"a quorum of one":     func(c *cmp.ReshareConfig) { c.Quorum = 1 },
 		"dealers too many":    func(c *cmp.ReshareConfig) { c.Dealers = protocoltest.Hosts(3) },
-	} {
-		cfg := reshareConfig(key, protocol.SessionID{1}, "a", two, two, 2)
-		if _, err := cmp.NewReshare(cfg); err != nil {
-			t.Fatal(err)
-		}
-		change(&cfg)
-		if _, err := cmp.NewReshare(cfg); err == nil {
-			t.Errorf("%s: no error", name)
-		}
-	}
+	})
 }

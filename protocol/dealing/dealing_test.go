@@ -18,19 +18,6 @@ import (
 	"conseal/protocol/protocoltest"
 )
 
-// identity is the key by which a host signs its dealings.
-func identity(h protocol.HostID) ed25519.PrivateKey {
-	seed := sha256.Sum256([]byte(h))
-	return ed25519.NewKeyFromSeed(seed[:])
-}
-
-func verify(h protocol.HostID, digest [32]byte, signature []byte) error {
-	if !ed25519.Verify(identity(h).Public().(ed25519.PublicKey), digest[:], signature) {
-		return errors.New("not signed by this host")
-	}
-	return nil
-}
-
 // run is one resharing: of a key of a, b and c by a and b, to b, c and d.
 type run struct {
 	configs map[protocol.HostID]frost.ReshareConfig
@@ -45,50 +32,27 @@ const (
 )
 
 var oldShares = func() map[protocol.HostID]*frost.Share {
-	net := protocoltest.Network[*frost.Keygen]{Sessions: map[protocol.HostID]*frost.Keygen{}}
-	for _, h := range protocoltest.Hosts(3) {
-		k, err := frost.NewKeygen(frost.KeygenConfig{Session: protocol.SessionID{1}, Self: h, Holders: protocoltest.Hosts(3), Quorum: 2})
-		if err != nil {
-			panic(err)
-		}
-		net.Sessions[h] = k
-	}
-	if failed, waiting := net.Run(nobody{}); len(failed)+len(waiting) > 0 {
-		panic("no key")
-	}
-	out := map[protocol.HostID]*frost.Share{}
-	for h, k := range net.Sessions {
-		share, err := k.Result()
-		if err != nil {
-			panic(err)
-		}
-		out[h] = share
-	}
-	return out
+	t, hosts := protocoltest.Aside{}, protocoltest.Hosts(3)
+	net := protocoltest.Connect(t, hosts, func(id protocol.SessionID, h protocol.HostID) (*frost.Keygen, error) {
+		return frost.NewKeygen(frost.KeygenConfig{Session: id, Self: h, Holders: hosts, Quorum: 2})
+	})
+	net.MustRun(t)
+	return protocoltest.Shares(t, net.Sessions, hosts)
 }()
-
-type nobody struct{ testing.TB }
-
-func (nobody) Helper() {}
 
 func newRun(t testing.TB, session protocol.SessionID) *run {
 	t.Helper()
 	r := &run{configs: map[protocol.HostID]frost.ReshareConfig{}}
-	r.net.Sessions = map[protocol.HostID]*frost.Reshare{}
-	for _, h := range protocoltest.Hosts(4) {
-		cfg := frost.ReshareConfig{Old: oldShares["a"].Group, Plan: dealing.Plan{
-			Session: session, Self: h, Dealers: []protocol.HostID{"a", "b"},
-			Holders: []protocol.HostID{"b", "c", "d"}, Quorum: 2, Verify: verify,
-			Sign: func(digest [32]byte) ([]byte, error) { return ed25519.Sign(identity(h), digest[:]), nil },
-		}}
-		if slices.Contains(cfg.Dealers, h) {
+	dealers, holders := []protocol.HostID{"a", "b"}, []protocol.HostID{"b", "c", "d"}
+	r.net = protocoltest.Connect(t, protocoltest.Hosts(4), func(_ protocol.SessionID, h protocol.HostID) (*frost.Reshare, error) {
+		cfg := frost.ReshareConfig{Plan: protocoltest.Plan(session, h, dealers, holders, 2), Old: oldShares["a"].Group}
+		if slices.Contains(dealers, h) {
 			cfg.Share = oldShares[h]
 		}
-		s, err := frost.NewReshare(cfg)
-		if err != nil {
-			t.Fatal(err)
-		}
-		r.configs[h], r.net.Sessions[h] = cfg, s
+		r.configs[h] = cfg
+		return frost.NewReshare(cfg)
+	})
+	for _, s := range r.net.Sessions {
 		t.Cleanup(s.Close)
 	}
 	return r
@@ -97,7 +61,7 @@ func newRun(t testing.TB, session protocol.SessionID) *run {
 // sign is a body of round 1 whose content is signed by the liar.
 func (r *run) sign(content []byte) []byte {
 	digest := r.net.Sessions[liar].ToSign(liar, content)
-	return append(bytes.Clone(content), ed25519.Sign(identity(liar), digest[:])...)
+	return append(bytes.Clone(content), ed25519.Sign(protocoltest.Identity(liar), digest[:])...)
 }
 
 // content is a body of round 1 without its signature.
@@ -456,7 +420,7 @@ func TestSigningFails(t *testing.T) {
 		"an error":       func([32]byte) ([]byte, error) { return nil, errors.New("the TPM is busy") },
 		"nothing":        func([32]byte) ([]byte, error) { return nil, nil },
 		"much too much":  func([32]byte) ([]byte, error) { return make([]byte, 513), nil },
-		"of another key": func(d [32]byte) ([]byte, error) { return ed25519.Sign(identity("z"), d[:]), nil },
+		"of another key": func(d [32]byte) ([]byte, error) { return ed25519.Sign(protocoltest.Identity("z"), d[:]), nil },
 	} {
 		cfg := newRun(t, protocol.SessionID{9}).configs[liar]
 		cfg.Sign = sign

@@ -100,14 +100,9 @@ func TestReplayInAnotherSession(t *testing.T) {
 		}
 		k.Close()
 	}
-	second := &network{sessions: map[protocol.HostID]protocol.Session{}}
-	for _, h := range hostNames(3) {
-		k, err := NewKeygen(KeygenConfig{Session: protocol.SessionID{8}, Self: h, Holders: hostNames(3), Quorum: 2})
-		if err != nil {
-			t.Fatal(err)
-		}
-		second.sessions[h] = k
-	}
+	second := connect(t, hostNames(3), func(_ protocol.SessionID, h protocol.HostID) (*Keygen, error) {
+		return NewKeygen(KeygenConfig{Session: protocol.SessionID{8}, Self: h, Holders: hostNames(3), Quorum: 2})
+	})
 	second.tamper = func(m protocol.Message) []protocol.Message {
 		for _, o := range old {
 			if o.Round == m.Round && o.From == m.From && o.To == m.To && m.From == "h001" && m.Round == roundDeal {

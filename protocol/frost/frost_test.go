@@ -17,6 +17,7 @@ import (
 
 	"conseal/protocol"
 	"conseal/protocol/dealing"
+	"conseal/protocol/protocoltest"
 )
 
 var testSession = protocol.SessionID{7}
@@ -86,17 +87,30 @@ func (n *network) run() {
 	}
 }
 
+// connect makes the sessions of a network.
+func connect[S protocol.Session](t testing.TB, hosts []protocol.HostID, build func(_ protocol.SessionID, h protocol.HostID) (S, error)) *network {
+	t.Helper()
+	return &network{sessions: protocoltest.Connect(t, hosts, build).Untyped()}
+}
+
+// ended are the sessions of a network that was run and in which nothing failed.
+func ended[S protocol.Session](t testing.TB, net *network) map[protocol.HostID]S {
+	t.Helper()
+	if len(net.errs) > 0 {
+		t.Fatal(net.errs)
+	}
+	out := map[protocol.HostID]S{}
+	for h, s := range net.sessions {
+		out[h] = s.(S)
+	}
+	return out
+}
+
 func keygens(t testing.TB, quorum, n int) *network {
 	t.Helper()
-	net := &network{sessions: map[protocol.HostID]protocol.Session{}}
-	for _, h := range hostNames(n) {
-		k, err := NewKeygen(KeygenConfig{Session: testSession, Self: h, Holders: hostNames(n), Quorum: quorum})
-		if err != nil {
-			t.Fatal(err)
-		}
-		net.sessions[h] = k
-	}
-	return net
+	return connect(t, hostNames(n), func(_ protocol.SessionID, h protocol.HostID) (*Keygen, error) {
+		return NewKeygen(KeygenConfig{Session: testSession, Self: h, Holders: hostNames(n), Quorum: quorum})
+	})
 }
 
 // close wipes what the sessions hold: each locked secret is a mapping, of which a
@@ -109,36 +123,24 @@ func (n *network) close() {
 
 func shares(t testing.TB, net *network) map[protocol.HostID]*Share {
 	t.Helper()
-	out := map[protocol.HostID]*Share{}
-	for h, s := range net.sessions {
-		share, err := s.(*Keygen).Result()
-		if err != nil {
-			t.Fatalf("%s: %v (%v)", h, err, net.errs[h])
+	sessions := ended[*Keygen](t, net)
+	for h, k := range sessions {
+		if k.echo == ([32]byte{}) {
+			t.Fatalf("%s has no transcript", h)
 		}
-		if s.(*Keygen).echo == ([32]byte{}) {
-			t.Fatal("no transcript")
-		}
-		s.Close()
-		out[h] = share
 	}
-	return out
+	return protocoltest.Shares(t, sessions, hostNames(len(sessions)))
 }
 
 func signs(t testing.TB, group map[protocol.HostID]*Share, signers []protocol.HostID, coordinator protocol.HostID, message []byte) *network {
 	t.Helper()
-	net := &network{sessions: map[protocol.HostID]protocol.Session{}}
 	parties := slices.Clone(signers)
 	if !slices.Contains(parties, coordinator) {
 		parties = append(parties, coordinator)
 	}
-	for _, h := range parties {
-		s, err := NewSign(SignConfig{Session: testSession, Self: h, Coordinator: coordinator, Signers: signers, Group: group[h].Group, Share: group[h], Message: message})
-		if err != nil {
-			t.Fatal(err)
-		}
-		net.sessions[h] = s
-	}
-	return net
+	return connect(t, parties, func(_ protocol.SessionID, h protocol.HostID) (*Sign, error) {
+		return NewSign(SignConfig{Session: testSession, Self: h, Coordinator: coordinator, Signers: signers, Group: group[h].Group, Share: group[h], Message: message})
+	})
 }
 
 func TestVectorsOfRFC9591(t *testing.T) {

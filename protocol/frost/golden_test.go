@@ -78,12 +78,13 @@ func TestReshareTranscript(t *testing.T) {
 	cryptotest.SetGlobalRandom(t, 2)
 	old := signingGroup(t, 2, 3)
 	out := recorder{t: t}
-	net := reshares(t, old, []protocol.HostID{"h000", "h002"}, []protocol.HostID{"h001", "h002", "h003"}, 2)
+	holders := []protocol.HostID{"h001", "h002", "h003"}
+	net := reshares(t, old, []protocol.HostID{"h000", "h002"}, holders, 2)
 	out.record("resharing by h000 and h002, to 2 of h001, h002 and h003", net)
 	transcript, err := net.sessions["h000"].(*Reshare).Transcript()
 	if err != nil {
 		t.Fatal(err)
 	}
-	fmt.Fprintf(&out, "transcript %x\ngroup %x\n", transcript, newShares(t, net)["h003"].Group.Encode())
+	fmt.Fprintf(&out, "transcript %x\ngroup %x\n", transcript, newShares(t, net, holders)["h003"].Group.Encode())
 	out.compare("testdata/reshare.txt")
 }

@@ -1,10 +1,7 @@
 package frost
 
 import (
-	"bytes"
 	"crypto/ed25519"
-	"crypto/sha256"
-	"errors"
 	"slices"
 	"testing"
 
@@ -13,27 +10,11 @@ import (
 
 	"conseal/protocol"
 	"conseal/protocol/dealing"
+	"conseal/protocol/protocoltest"
 )
 
-// identityKey is the key by which a host signs its dealings.
-func identityKey(h protocol.HostID) ed25519.PrivateKey {
-	seed := sha256.Sum256([]byte(h))
-	return ed25519.NewKeyFromSeed(seed[:])
-}
-
-func verifyIdentity(h protocol.HostID, digest [32]byte, signature []byte) error {
-	if !ed25519.Verify(identityKey(h).Public().(ed25519.PublicKey), digest[:], signature) {
-		return errors.New("not signed by this host")
-	}
-	return nil
-}
-
 func reshareConfig(old map[protocol.HostID]*Share, self protocol.HostID, dealers, holders []protocol.HostID, quorum int) ReshareConfig {
-	cfg := ReshareConfig{Old: old[dealers[0]].Group, Plan: dealing.Plan{
-		Session: testSession, Self: self, Dealers: dealers, Holders: holders, Quorum: quorum,
-		Sign:   func(digest [32]byte) ([]byte, error) { return ed25519.Sign(identityKey(self), digest[:]), nil },
-		Verify: verifyIdentity,
-	}}
+	cfg := ReshareConfig{Plan: protocoltest.Plan(testSession, self, dealers, holders, quorum), Old: old[dealers[0]].Group}
 	if slices.Contains(dealers, self) {
 		cfg.Share = old[self]
 	}
@@ -42,48 +23,16 @@ func reshareConfig(old map[protocol.HostID]*Share, self protocol.HostID, dealers
 
 func reshares(t testing.TB, old map[protocol.HostID]*Share, dealers, holders []protocol.HostID, quorum int) *network {
 	t.Helper()
-	net := &network{sessions: map[protocol.HostID]protocol.Session{}}
-	for _, h := range slices.Concat(dealers, holders) {
-		s, err := NewReshare(reshareConfig(old, h, dealers, holders, quorum))
-		if err != nil {
-			t.Fatal(err)
-		}
-		net.sessions[h] = s
-	}
-	return net
+	return connect(t, slices.Concat(dealers, holders), func(_ protocol.SessionID, h protocol.HostID) (*Reshare, error) {
+		return NewReshare(reshareConfig(old, h, dealers, holders, quorum))
+	})
 }
 
 // newShares are the results of a resharing, whose hosts agree on it.
-func newShares(t testing.TB, net *network) map[protocol.HostID]*Share {
+func newShares(t testing.TB, net *network, holders []protocol.HostID) map[protocol.HostID]*Share {
 	t.Helper()
-	out := map[protocol.HostID]*Share{}
-	var transcript [32]byte
-	var group []byte
-	for h, s := range net.sessions {
-		if net.errs[h] != nil {
-			t.Fatalf("%s: %v", h, net.errs[h])
-		}
-		r := s.(*Reshare)
-		had, err := r.Transcript()
-		if err != nil || transcript != [32]byte{} && had != transcript {
-			t.Fatalf("%s: another transcript: %v", h, err)
-		}
-		transcript = had
-		share, err := r.Result()
-		if holds := slices.Contains(r.cfg.Holders, h); holds != (err == nil) {
-			t.Fatalf("%s is a holder: %v, and has: %v", h, holds, err)
-		}
-		r.Close()
-		if err != nil {
-			continue
-		}
-		if group != nil && !bytes.Equal(group, share.Group.Encode()) {
-			t.Fatalf("%s has another group", h)
-		}
-		group = share.Group.Encode()
-		out[h] = share
-	}
-	if _, err := DecodeGroup(group); err != nil {
+	out := protocoltest.NewShares(t, ended[*Reshare](t, net), holders)
+	if _, err := DecodeGroup(out[holders[0]].Public()); err != nil {
 		t.Fatal(err)
 	}
 	return out
@@ -148,7 +97,7 @@ func TestReshareChains(t *testing.T) {
 			net := reshares(t, shares, dealers, next, nextQuorum)
 			net.pick = pick
 			net.run()
-			fresh := newShares(t, net)
+			fresh := newShares(t, net, next)
 			for i, h := range next {
 				if at := group.position(h); at >= 0 && fresh[h].Group.VerificationShares[i] == group.VerificationShares[at] {
 					rt.Fatalf("the share of %s did not change", h)
@@ -187,7 +136,7 @@ func TestLargeFleets(t *testing.T) {
 	} {
 		net := reshares(t, shares, step.dealers, step.holders, step.quorum)
 		net.run()
-		shares = newShares(t, net)
+		shares = newShares(t, net, step.holders)
 		mustSign(t, shares, step.holders[len(step.holders)-step.quorum:], key)
 	}
 }
@@ -198,7 +147,7 @@ func TestSharesOfTwoEpochsDoNotMix(t *testing.T) {
 	old := signingGroup(t, 2, 3)
 	net := reshares(t, old, hostNames(2), hostNames(3), 2)
 	net.run()
-	fresh := newShares(t, net)
+	fresh := newShares(t, net, hostNames(3))
 	mixed := map[protocol.HostID]*Share{"h000": fresh["h000"], "h001": old["h001"]}
 	if interpolate(t, mixed, hostNames(2)).Equal(interpolate(t, old, hostNames(2))) == 1 {
 		t.Error("shares of two epochs are the key")
@@ -223,10 +172,7 @@ func TestReshareConfigurationsThatMakeNoSense(t *testing.T) {
 	good := func() ReshareConfig {
 		return reshareConfig(old, "h000", hostNames(2), hostNames(3), 2)
 	}
-	if _, err := NewReshare(good()); err != nil {
-		t.Fatal(err)
-	}
-	for name, change := range map[string]func(*ReshareConfig){
+	protocoltest.Refuses(t, NewReshare, good, map[string]func(*ReshareConfig){
 		"no group":             func(c *ReshareConfig) { c.Old = nil },
 		"a group made by hand": func(c *ReshareConfig) { c.Old = &Group{Quorum: 2, Holders: hostNames(3)} },
 		"no dealers":           func(c *ReshareConfig) { c.Dealers = nil },
@@ -248,13 +194,7 @@ func TestReshareConfigurationsThatMakeNoSense(t *testing.T) {
 		"a quorum of more":     func(c *ReshareConfig) { c.Quorum = 4 },
 		"no way to sign":       func(c *ReshareConfig) { c.Sign = nil },
 		"no way to verify":     func(c *ReshareConfig) { c.Verify = nil },
-	} {
-		c := good()
-		change(&c)
-		if _, err := NewReshare(c); err == nil {
-			t.Errorf("%s: no error", name)
-		}
-	}
+	})
 }
 
 // TestWipedShareDealsNothing: an error and no panic.

@@ -54,18 +54,11 @@ func Fuzz(f *testing.F, build func(testing.TB) map[protocol.HostID]protocol.Sess
 			content := bytes.Clone(content)
 			go func() {
 				defer busy.Store(false)
-				through(aside{}, content)
+				through(Aside{}, content)
 			}()
 		}
 	})
 }
-
-// aside stands in for a test whose work outlives it.
-type aside struct{ testing.TB }
-
-func (aside) Helper()                           {}
-func (aside) Fatal(args ...any)                 { panic(fmt.Sprint(args...)) }
-func (aside) Fatalf(format string, args ...any) { panic(fmt.Sprintf(format, args...)) }
 
 // pause runs sessions until b sends a the message that is wanted, and returns a and
 // that message, which a has not seen.

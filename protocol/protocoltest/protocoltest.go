@@ -2,9 +2,11 @@
 package protocoltest
 
 import (
-	"crypto/rand"
+	"errors"
+	"fmt"
 	mathrand "math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -16,6 +18,29 @@ type Network[S protocol.Session] struct {
 	Sessions map[protocol.HostID]S
 	// Alter may change a message, or drop it by returning nothing.
 	Alter func(protocol.Message) []protocol.Message
+}
+
+// Connect makes the sessions of a network, under one id.
+func Connect[S protocol.Session](t testing.TB, hosts []protocol.HostID, build func(id protocol.SessionID, h protocol.HostID) (S, error)) Network[S] {
+	t.Helper()
+	n, id := Network[S]{Sessions: map[protocol.HostID]S{}}, SessionID()
+	for _, h := range hosts {
+		s, err := build(id, h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.Sessions[h] = s
+	}
+	return n
+}
+
+// Untyped are the network's sessions as those of any protocol.
+func (n Network[S]) Untyped() map[protocol.HostID]protocol.Session {
+	out := map[protocol.HostID]protocol.Session{}
+	for h, s := range n.Sessions {
+		out[h] = s
+	}
+	return out
 }
 
 // Run returns the error of each host that failed. Hosts that wait for a message when
@@ -109,8 +134,35 @@ func Hosts(n int) (out []protocol.HostID) {
 	return out
 }
 
-// SessionID is a random one.
+// Some are n of hosts, at random, sorted.
+func Some(hosts []protocol.HostID, n int) []protocol.HostID {
+	all := slices.Clone(hosts)
+	mathrand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	return slices.Sorted(slices.Values(all[:n]))
+}
+
+// SessionID is a random one. It takes nothing from crypto/rand, which a test may fix.
 func SessionID() (id protocol.SessionID) {
-	rand.Read(id[:])
+	for i := range id {
+		id[i] = byte(mathrand.Uint32())
+	}
 	return id
 }
+
+// Blames tells whether an error names a host, as its culprit if it has one.
+func Blames(err error, host protocol.HostID) bool {
+	var fault *protocol.Fault
+	if errors.As(err, &fault) {
+		return fault.Host == host
+	}
+	return err != nil && strings.Contains(err.Error(), fmt.Sprintf("host %q", host))
+}
+
+// Aside stands in for a test whose work outlives it, or is for all tests: what fails
+// panics.
+type Aside struct{ testing.TB }
+
+// Helper, Fatal and Fatalf are what is used of a test.
+func (Aside) Helper()                           {}
+func (Aside) Fatal(args ...any)                 { panic(fmt.Sprint(args...)) }
+func (Aside) Fatalf(format string, args ...any) { panic(fmt.Sprintf(format, args...)) }

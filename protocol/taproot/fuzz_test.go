@@ -10,43 +10,24 @@ import (
 
 type builder func(testing.TB) map[protocol.HostID]protocol.Session
 
+func keygens(t testing.TB) protocoltest.Network[*Keygen] {
+	return protocoltest.Connect(t, protocoltest.Hosts(2), func(id protocol.SessionID, h protocol.HostID) (*Keygen, error) {
+		return NewKeygen(KeygenConfig{Session: id, Self: h, Holders: protocoltest.Hosts(2), Quorum: 2})
+	})
+}
+
 func fuzzKeygen(testing.TB) builder {
-	return func(t testing.TB) map[protocol.HostID]protocol.Session {
-		out := map[protocol.HostID]protocol.Session{}
-		id := protocoltest.SessionID()
-		for _, h := range protocoltest.Hosts(2) {
-			k, err := NewKeygen(KeygenConfig{Session: id, Self: h, Holders: protocoltest.Hosts(2), Quorum: 2})
-			if err != nil {
-				t.Fatal(err)
-			}
-			out[h] = k
-		}
-		return out
-	}
+	return func(t testing.TB) map[protocol.HostID]protocol.Session { return keygens(t).Untyped() }
 }
 
 func fuzzSign(t testing.TB) builder {
-	net := protocoltest.Network[protocol.Session]{Sessions: fuzzKeygen(t)(t)}
+	net := keygens(t)
 	net.MustRun(t)
-	key := map[protocol.HostID]*Share{}
-	for h, k := range net.Sessions {
-		share, err := k.(*Keygen).Result()
-		if err != nil {
-			t.Fatal(err)
-		}
-		key[h] = share
-	}
+	key := protocoltest.Shares(t, net.Sessions, protocoltest.Hosts(2))
 	return func(t testing.TB) map[protocol.HostID]protocol.Session {
-		out := map[protocol.HostID]protocol.Session{}
-		id := protocoltest.SessionID()
-		for _, h := range protocoltest.Hosts(2) {
-			s, err := NewSign(SignConfig{Session: id, Share: key[h], Signers: protocoltest.Hosts(2), Message: []byte("a message")})
-			if err != nil {
-				t.Fatal(err)
-			}
-			out[h] = s
-		}
-		return out
+		return protocoltest.Connect(t, protocoltest.Hosts(2), func(id protocol.SessionID, h protocol.HostID) (*Sign, error) {
+			return NewSign(SignConfig{Session: id, Share: key[h], Signers: protocoltest.Hosts(2), Message: []byte("a message")})
+		}).Untyped()
 	}
 }
 

@@ -16,77 +16,30 @@ import (
 	"conseal/protocol/taproot"
 )
 
-// identity is the key by which a host signs its dealings.
-func identity(h protocol.HostID) ed25519.PrivateKey {
-	seed := sha256.Sum256([]byte(h))
-	return ed25519.NewKeyFromSeed(seed[:])
-}
-
 func reshareConfig(old shares, id protocol.SessionID, self protocol.HostID, dealers, holders []protocol.HostID, quorum int) taproot.ReshareConfig {
-	cfg := taproot.ReshareConfig{Old: old[dealers[0]].Group, Plan: dealing.Plan{
-		Session: id, Self: self, Dealers: dealers, Holders: holders, Quorum: quorum,
-		Sign: func(digest [32]byte) ([]byte, error) { return ed25519.Sign(identity(self), digest[:]), nil },
-		Verify: func(h protocol.HostID, digest [32]byte, signature []byte) error {
-			if !ed25519.Verify(identity(h).Public().(ed25519.PublicKey), digest[:], signature) {
-				return errors.New("not signed by this host")
-			}
-			return nil
-		},
-	}}
+	cfg := taproot.ReshareConfig{Plan: protocoltest.Plan(id, self, dealers, holders, quorum), Old: old[dealers[0]].Group}
 	if slices.Contains(dealers, self) {
 		cfg.Share = old[self]
 	}
 	return cfg
 }
 
-func reshareSessions(t testing.TB, old shares, dealers, holders []protocol.HostID, quorum int) map[protocol.HostID]*taproot.Reshare {
+func reshares(t testing.TB, old shares, dealers, holders []protocol.HostID, quorum int) protocoltest.Network[*taproot.Reshare] {
 	t.Helper()
-	sessions := map[protocol.HostID]*taproot.Reshare{}
-	id := protocoltest.SessionID()
-	for _, h := range slices.Concat(dealers, holders) {
-		s, err := taproot.NewReshare(reshareConfig(old, id, h, dealers, holders, quorum))
-		if err != nil {
-			t.Fatal(err)
-		}
-		sessions[h] = s
-	}
-	return sessions
+	return protocoltest.Connect(t, slices.Concat(dealers, holders), func(id protocol.SessionID, h protocol.HostID) (*taproot.Reshare, error) {
+		return taproot.NewReshare(reshareConfig(old, id, h, dealers, holders, quorum))
+	})
 }
 
 func reshare(t testing.TB, old shares, dealers, holders []protocol.HostID, quorum int) shares {
 	t.Helper()
-	net := protocoltest.Network[*taproot.Reshare]{Sessions: reshareSessions(t, old, dealers, holders, quorum)}
+	net := reshares(t, old, dealers, holders, quorum)
 	net.MustRun(t)
-	out := shares{}
-	var group []byte
-	for h, s := range net.Sessions {
-		share, err := s.Result()
-		if holds := slices.Contains(holders, h); holds != (err == nil) {
-			t.Fatalf("%s is a holder: %v, and has: %v", h, holds, err)
-		}
-		s.Close()
-		if err != nil {
-			continue
-		}
-		out[h] = share
-		if _, err := taproot.DecodeGroup(share.Group.Encode()); err != nil { // with an even y
-			t.Fatal(err)
-		}
-		if group == nil {
-			group = share.Group.Encode()
-		}
-		if !bytes.Equal(group, share.Group.Encode()) {
-			t.Fatalf("%s has another group", h)
-		}
+	out := protocoltest.NewShares(t, net.Sessions, holders)
+	if _, err := taproot.DecodeGroup(out[holders[0]].Public()); err != nil { // with an even y
+		t.Fatal(err)
 	}
 	return out
-}
-
-// some are n of hosts, at random.
-func some(hosts []protocol.HostID, n int) []protocol.HostID {
-	all := slices.Clone(hosts)
-	mathrand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
-	return slices.Sorted(slices.Values(all[:n]))
 }
 
 // TestReshareChains gives keys of many sizes new shares, again and again: the public
@@ -98,17 +51,17 @@ func TestReshareChains(t *testing.T) {
 		public := key["a"].Group.PublicKey
 		for step := range 3 {
 			group := key[holders[0]].Group
-			next := some(protocoltest.Hosts(7), 2+mathrand.IntN(4))
+			next := protocoltest.Some(protocoltest.Hosts(7), 2+mathrand.IntN(4))
 			quorum := 2 + mathrand.IntN(len(next)-1)
 			if step == 1 { // a refresh
 				next, quorum = holders, group.Quorum
 			}
-			fresh := reshare(t, key, some(holders, group.Quorum), next, quorum)
+			fresh := reshare(t, key, protocoltest.Some(holders, group.Quorum), next, quorum)
 			if fresh[next[0]].Group.PublicKey != public {
 				t.Fatal("the public key changed")
 			}
 			message := bytes.Repeat([]byte{byte(step)}, 32)
-			net := protocoltest.Network[*taproot.Sign]{Sessions: signSessions(t, fresh, some(next, quorum), message)}
+			net := signs(t, fresh, protocoltest.Some(next, quorum), message)
 			net.MustRun(t)
 			for _, s := range net.Sessions {
 				sig, err := s.Signature()
@@ -122,7 +75,7 @@ func TestReshareChains(t *testing.T) {
 				for _, h := range next[1:] {
 					mixed[h] = fresh[h]
 				}
-				net := protocoltest.Network[*taproot.Sign]{Sessions: signSessions(t, mixed, next[:quorum], message)}
+				net := signs(t, mixed, next[:quorum], message)
 				failed, waiting := net.Run(t)
 				for h, s := range net.Sessions {
 					if _, err := s.Signature(); err == nil {
@@ -157,7 +110,7 @@ func newForger(cfg taproot.ReshareConfig) forger {
 func (f forger) sign(dealer protocol.HostID, content []byte) []byte {
 	inner := sha256.Sum256(append(part([]byte("conseal dealing content v1")), content...))
 	digest := sha256.Sum256(slices.Concat(part([]byte("conseal dealing v1")), f.context[:], part([]byte(dealer)), inner[:]))
-	return append(bytes.Clone(content), ed25519.Sign(identity(dealer), digest[:])...)
+	return append(bytes.Clone(content), ed25519.Sign(protocoltest.Identity(dealer), digest[:])...)
 }
 
 func (f forger) hide(dealer, receiver protocol.HostID, opening []byte) []byte {
@@ -178,20 +131,15 @@ func TestLyingDealer(t *testing.T) {
 		"an encoding that is none":  func(_ forger, c []byte) { c[33] |= 4 },
 		"a share that does not fit": func(f forger, c []byte) { copy(c[66:], f.hide("b", "a", opening)) },
 	} {
-		sessions := map[protocol.HostID]*taproot.Reshare{}
-		id := protocoltest.SessionID()
-		for _, h := range hosts {
-			s, err := taproot.NewReshare(reshareConfig(key, id, h, hosts, hosts, 2))
-			if err != nil {
-				t.Fatal(err)
-			}
-			sessions[h] = s
-		}
-		third := reshareConfig(key, id, "z", hosts, hosts, 2)
+		var third taproot.ReshareConfig
+		net := protocoltest.Connect(t, hosts, func(id protocol.SessionID, h protocol.HostID) (*taproot.Reshare, error) {
+			third = reshareConfig(key, id, "z", hosts, hosts, 2)
+			return taproot.NewReshare(reshareConfig(key, id, h, hosts, hosts, 2))
+		})
 		f := newForger(third)
 		var honest []byte
 		var sent []byte
-		net := protocoltest.Network[*taproot.Reshare]{Sessions: sessions, Alter: func(m protocol.Message) []protocol.Message {
+		net.Alter = func(m protocol.Message) []protocol.Message {
 			switch {
 			case m.Round == 1 && m.From == "b":
 				honest = bytes.Clone(m.Body)
@@ -213,7 +161,7 @@ func TestLyingDealer(t *testing.T) {
 				m.Body = opening
 			}
 			return []protocol.Message{m}
-		}}
+		}
 		failed, _ := net.Run(t)
 		var complaint *dealing.Complaint
 		if !errors.As(failed["a"], &complaint) || complaint.Dealer != "b" || failed["b"] != nil {
@@ -231,7 +179,7 @@ func TestLyingDealer(t *testing.T) {
 		if dealing.VerifyComplaint(third, again) == nil {
 			t.Errorf("%s: a third host believes it of another dealer", name)
 		}
-		if _, err := sessions["a"].Result(); err == nil {
+		if _, err := net.Sessions["a"].Result(); err == nil {
 			t.Errorf("%s: there is a share", name)
 		}
 	}
@@ -245,7 +193,8 @@ func TestChangedReshareNamesItsSender(t *testing.T) {
 	for round := uint16(1); round <= 3; round++ {
 		for at := 0; at == 0 || at < size; at += 1 + mathrand.IntN(20) {
 			harmless := false
-			net := protocoltest.Network[*taproot.Reshare]{Sessions: reshareSessions(t, key, hosts, hosts, 2), Alter: func(m protocol.Message) []protocol.Message {
+			net := reshares(t, key, hosts, hosts, 2)
+			net.Alter = func(m protocol.Message) []protocol.Message {
 				if m.From == "b" && m.Round == round {
 					size = len(m.Body)
 					// A signature of what is agreed on anyway proves nothing and is not looked at.
@@ -254,9 +203,9 @@ func TestChangedReshareNamesItsSender(t *testing.T) {
 					hits[round]++
 				}
 				return []protocol.Message{m}
-			}}
+			}
 			failed, _ := net.Run(t)
-			if (failed["a"] == nil) != harmless || failed["a"] != nil && !named(failed["a"]) {
+			if (failed["a"] == nil) != harmless || failed["a"] != nil && !protocoltest.Blames(failed["a"], "b") {
 				t.Errorf("round %d, byte %d of %d: %v", round, at, size, failed["a"])
 			}
 			for _, s := range net.Sessions {
@@ -273,7 +222,10 @@ func TestChangedReshareNamesItsSender(t *testing.T) {
 func TestBadReshareConfigs(t *testing.T) {
 	key, other := keygen(t, 3, 2), keygen(t, 3, 2)
 	two := protocoltest.Hosts(2)
-	for name, change := range map[string]func(*taproot.ReshareConfig){
+	good := func() taproot.ReshareConfig {
+		return reshareConfig(key, protocol.SessionID{1}, "a", two, two, 2)
+	}
+	protocoltest.Refuses(t, taproot.NewReshare, good, map[string]func(*taproot.ReshareConfig){
 		"no group":            func(c *taproot.ReshareConfig) { c.Old = nil },
 		"an empty group":      func(c *taproot.ReshareConfig) { c.Old = &taproot.Group{} },
 		"another key's share": func(c *taproot.ReshareConfig) { c.Share = other["a"] },
@@ -282,16 +234,7 @@ func TestBadReshareConfigs(t *testing.T) {
 		"no holders":          func(c *taproot.ReshareConfig) { c.Holders = nil },
 		"a quorum of one":     func(c *taproot.ReshareConfig) { c.Quorum = 1 },
 		"dealers too many":    func(c *taproot.ReshareConfig) { c.Dealers = protocoltest.Hosts(3) },
-	} {
-		cfg := reshareConfig(key, protocol.SessionID{1}, "a", two, two, 2)
-		if _, err := taproot.NewReshare(cfg); err != nil {
-			t.Fatal(err)
-		}
-		change(&cfg)
-		if _, err := taproot.NewReshare(cfg); err == nil {
-			t.Errorf("%s: no error", name)
-		}
-	}
+	})
 }
 
 // FuzzReshare cuts out some of one message of b to a and puts in something else. a
@@ -305,7 +248,8 @@ func FuzzReshare(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, round, at, cut uint16, insert []byte) {
 		changed := false
-		net := protocoltest.Network[*taproot.Reshare]{Sessions: reshareSessions(t, key, hosts, hosts, 2), Alter: func(m protocol.Message) []protocol.Message {
+		net := reshares(t, key, hosts, hosts, 2)
+		net.Alter = func(m protocol.Message) []protocol.Message {
 			if m.From == "b" && m.Round == round {
 				from := min(int(at), len(m.Body))
 				body := slices.Concat(m.Body[:from], insert, m.Body[min(from+int(cut), len(m.Body)):])
@@ -313,9 +257,9 @@ func FuzzReshare(f *testing.F) {
 				m.Body = body
 			}
 			return []protocol.Message{m}
-		}}
+		}
 		failed, _ := net.Run(t)
-		if failed["a"] != nil && !named(failed["a"]) {
+		if failed["a"] != nil && !protocoltest.Blames(failed["a"], "b") {
 			t.Errorf("round %d: %v", round, failed["a"])
 		}
 		if _, err := net.Sessions["a"].Result(); err == nil && changed && round != 2 {

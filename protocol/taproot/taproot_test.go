@@ -4,9 +4,6 @@ import (
 	"bytes"
 	"encoding/csv"
 	"encoding/hex"
-	"errors"
-	"fmt"
-	"maps"
 	mathrand "math/rand/v2"
 	"os"
 	"slices"
@@ -22,51 +19,25 @@ import (
 
 type shares map[protocol.HostID]*taproot.Share
 
-func keygenSessions(t testing.TB, n, quorum int) map[protocol.HostID]*taproot.Keygen {
+func keygens(t testing.TB, n, quorum int) protocoltest.Network[*taproot.Keygen] {
 	t.Helper()
-	sessions := map[protocol.HostID]*taproot.Keygen{}
-	id := protocoltest.SessionID()
-	for _, h := range protocoltest.Hosts(n) {
-		k, err := taproot.NewKeygen(taproot.KeygenConfig{Session: id, Self: h, Holders: protocoltest.Hosts(n), Quorum: quorum})
-		if err != nil {
-			t.Fatal(err)
-		}
-		sessions[h] = k
-	}
-	return sessions
+	return protocoltest.Connect(t, protocoltest.Hosts(n), func(id protocol.SessionID, h protocol.HostID) (*taproot.Keygen, error) {
+		return taproot.NewKeygen(taproot.KeygenConfig{Session: id, Self: h, Holders: protocoltest.Hosts(n), Quorum: quorum})
+	})
 }
 
 func keygen(t testing.TB, n, quorum int) shares {
 	t.Helper()
-	net := protocoltest.Network[*taproot.Keygen]{Sessions: keygenSessions(t, n, quorum)}
+	net := keygens(t, n, quorum)
 	net.MustRun(t)
-	out := shares{}
-	for h, k := range net.Sessions {
-		share, err := k.Result()
-		if err != nil {
-			t.Fatal(err)
-		}
-		k.Close()
-		out[h] = share
-		if !bytes.Equal(share.Group.Encode(), out[slices.Min(slices.Collect(maps.Keys(out)))].Group.Encode()) {
-			t.Fatal("hosts ended with different groups")
-		}
-	}
-	return out
+	return protocoltest.Shares(t, net.Sessions, protocoltest.Hosts(n))
 }
 
-func signSessions(t testing.TB, key shares, signers []protocol.HostID, message []byte) map[protocol.HostID]*taproot.Sign {
+func signs(t testing.TB, key shares, signers []protocol.HostID, message []byte) protocoltest.Network[*taproot.Sign] {
 	t.Helper()
-	sessions := map[protocol.HostID]*taproot.Sign{}
-	id := protocoltest.SessionID()
-	for _, h := range signers {
-		s, err := taproot.NewSign(taproot.SignConfig{Session: id, Share: key[h], Signers: signers, Message: message})
-		if err != nil {
-			t.Fatal(err)
-		}
-		sessions[h] = s
-	}
-	return sessions
+	return protocoltest.Connect(t, signers, func(id protocol.SessionID, h protocol.HostID) (*taproot.Sign, error) {
+		return taproot.NewSign(taproot.SignConfig{Session: id, Share: key[h], Signers: signers, Message: message})
+	})
 }
 
 // verify has a signature judged by another implementation, which takes messages of 32
@@ -130,11 +101,8 @@ func TestQuorumsSign(t *testing.T) {
 		quorum := 2 + mathrand.IntN(n-1)
 		key := keygen(t, n, quorum)
 		for _, size := range []int{32, 1, 32, 5000} {
-			all := protocoltest.Hosts(n)
-			mathrand.Shuffle(n, func(i, j int) { all[i], all[j] = all[j], all[i] })
-			signers := slices.Sorted(slices.Values(all[:quorum]))
 			message := bytes.Repeat([]byte{byte(round)}, size)
-			net := protocoltest.Network[*taproot.Sign]{Sessions: signSessions(t, key, signers, message)}
+			net := signs(t, key, protocoltest.Some(protocoltest.Hosts(n), quorum), message)
 			net.MustRun(t)
 			for _, s := range net.Sessions {
 				sig, err := s.Signature()
@@ -199,9 +167,9 @@ func TestChangedMessagesNameTheirSender(t *testing.T) {
 	key := keygen(t, 2, 2)
 	message := []byte("a message")
 	for run, start := range map[string]func() map[protocol.HostID]protocol.Session{
-		"keygen": func() map[protocol.HostID]protocol.Session { return as(keygenSessions(t, 2, 2)) },
+		"keygen": func() map[protocol.HostID]protocol.Session { return keygens(t, 2, 2).Untyped() },
 		"sign": func() map[protocol.HostID]protocol.Session {
-			return as(signSessions(t, key, protocoltest.Hosts(2), message))
+			return signs(t, key, protocoltest.Hosts(2), message).Untyped()
 		},
 	} {
 		var sizes []int // of b's messages
@@ -230,7 +198,7 @@ func TestChangedMessagesNameTheirSender(t *testing.T) {
 				if slices.Contains(waiting, "a") && failed["b"] != nil {
 					continue // b saw first that they had received different things
 				}
-				if failed["a"] == nil || strings.Contains(failed["a"].Error(), "panicked") || !echo && !named(failed["a"]) {
+				if failed["a"] == nil || strings.Contains(failed["a"].Error(), "panicked") || !echo && !protocoltest.Blames(failed["a"], "b") {
 					t.Errorf("%s: message %d, byte %d of %d: %v", run, target, at, size, failed["a"])
 				}
 			}
@@ -239,17 +207,4 @@ func TestChangedMessagesNameTheirSender(t *testing.T) {
 			t.Errorf("%s: b sent %d messages", run, len(sizes))
 		}
 	}
-}
-
-func named(err error) bool {
-	var fault *protocol.Fault
-	return errors.As(err, &fault) && fault.Host == "b" || strings.Contains(err.Error(), fmt.Sprintf("host %q", "b"))
-}
-
-func as[S protocol.Session](in map[protocol.HostID]S) map[protocol.HostID]protocol.Session {
-	out := map[protocol.HostID]protocol.Session{}
-	for h, s := range in {
-		out[h] = s
-	}
-	return out
 }
