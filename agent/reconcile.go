@@ -239,12 +239,18 @@ func (a *Agent) load(ctx context.Context, k *key, v *vault.Vault, record vault.R
 	return "", ""
 }
 
-// takeUp makes the share of a certified epoch the one that the key signs with. With a
-// share whose file is damaged it returns "": that is a lost share.
+// takeUp makes the share of a certified epoch the one that the key signs with, whatever
+// became of the key's other shares. With a share whose file is damaged it returns "": that
+// is a lost share.
 func (a *Agent) takeUp(ctx context.Context, k *key, v *vault.Vault, n *known) (name, detail string) {
-	err := v.Reseal(ctx, map[vault.KeyID]vault.Class{k.id: k.class()})
-	if err != nil && !errors.Is(err, vault.ErrDamaged) {
-		return "sealed", fmt.Sprintf("the roster says `open = %q`, and the share does not rest so yet: %v", k.entry().Open, err)
+	class := k.class()
+	failed := v.Reseal(ctx, map[vault.KeyID]vault.Class{k.id: class})
+	rests, err := v.Rests(k.id, n.number())
+	switch {
+	case err != nil && !errors.Is(err, vault.ErrDamaged):
+		return "sealed", err.Error()
+	case err == nil && rests != class:
+		return "sealed", fmt.Sprintf("the roster says `open = %q`, and the share does not rest so yet: %v", k.entry().Open, failed)
 	}
 	changed := func() {
 		name, detail := a.ready(k)

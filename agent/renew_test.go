@@ -636,6 +636,25 @@ func TestDamagedShare(t *testing.T) {
 	}
 }
 
+// TestDamagedWhileOpened damages the files of shares that their hosts have opened, at so
+// many hosts that without them there is no quorum: they sign on, and a damaged share keeps
+// no host from taking up the next one.
+func TestDamagedWhileOpened(t *testing.T) {
+	l := born(t)
+	n := l.epochOf("alpha")
+	for _, name := range []string{"alpha", "beta"} {
+		if l.damage(name, "shares") != 1 {
+			t.Fatalf("no share of %s is damaged", name)
+		}
+	}
+	_, err := l.sign("alpha", []byte("from memory"))
+	ok(t, err)
+	l.refresh("gamma")
+	l.untilEpoch(n, "alpha", "beta", "gamma")
+	_, err = l.sign("alpha", []byte("with new shares"))
+	ok(t, err)
+}
+
 // TestDamagedCertificate damages the file of a host's certificate: it gets another copy.
 func TestDamagedCertificate(t *testing.T) {
 	l := born(t)

@@ -164,7 +164,14 @@ func TestResealDoesWhatItCan(t *testing.T) {
 	path := v.ShareFile(backups, n11)
 	flip(t, path, -1)
 	wantError(t, v.reseal(vault.Own, payments, backups), vault.ErrDamaged, `"backups"`)
+	_, err := v.Rests(backups, n11)
+	wantError(t, err, vault.ErrDamaged, `"backups"`)
 	flip(t, path, -1)
+	for id, want := range map[vault.KeyID]vault.Class{payments: vault.Own, backups: vault.Held} {
+		if class, err := v.Rests(id, n11); err != nil || class != want {
+			t.Errorf("the share of %q rests as %q: %v", id.Name, class, err)
+		}
+	}
 	if len(v.Own(payments)) != 1 || len(v.Own(backups)) != 0 {
 		t.Errorf("own: %v and %v, want that of %s", v.Own(payments), v.Own(backups), payments.Name)
 	}

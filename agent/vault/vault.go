@@ -632,6 +632,19 @@ func (v *Vault) Reseal(ctx context.Context, want map[KeyID]Class) error {
 	return errors.Join(failed...)
 }
 
+// Rests tells as which class a share rests, by its file.
+func (v *Vault) Rests(id KeyID, n Number) (Class, error) {
+	s := v.find(id, n)
+	if s == nil {
+		return 0, fmt.Errorf("the share of key %q, epoch %s: %w", id.Name, n, ErrNoShare)
+	}
+	f, err := v.readShareFile(id, s)
+	if err != nil {
+		return 0, fmt.Errorf("the share of key %q, epoch %s: %w", id.Name, n, v.orErased(err, id, s))
+	}
+	return f.class, nil
+}
+
 // rewrite writes a share to a new file of that class; nil if it is of it already. The
 // old file is left: it counts until the commit.
 func (v *Vault) rewrite(ctx context.Context, class Class, id KeyID, s *share) (*share, error) {
