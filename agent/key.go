@@ -54,7 +54,7 @@ type key struct {
 	next       string                       // how it stands with the next epoch, for people; "" if none is wanted
 	settled    bool                         // next is ""
 	cheats     map[protocol.HostID]bool     // dealers that are proven to have cheated
-	dealt      map[protocol.SessionID]bool  // sessions led by others in which this host dealt, from the epoch that is known
+	dealt      map[protocol.SessionID]bool  // sessions in which this host dealt, or was to, from the epoch that is known
 	asked      [32]byte                     // certificate of an epoch that a person wants to end
 	idle       time.Time                    // since when nothing happened to the next epoch, for who is to lead after whom
 	receipts   map[protocol.HostID]*receipt // of the key's deletion; not empty if a host erased it

@@ -315,6 +315,7 @@ func (a *Agent) runLead(ctx context.Context, k *key, n vault.Number) error {
 		return err
 	}
 	defer a.sessions.close(box)
+	k.deals(box.id) // another dealer may lead it again
 	a.log.Info("resharing", "key", k.id.Name, "epoch", n.String(), "session", box.id.String(), "dealers", r.dealers, "holders", r.holders)
 	err = a.startAll(ctx, box, func(protocol.HostID) *peerpb.Open {
 		return &peerpb.Open{Binding: wireBinding(&binding), Dealers: names(r.dealers), Certificate: encoded}

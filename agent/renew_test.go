@@ -551,6 +551,37 @@ func TestFramedDealer(t *testing.T) {
 	again("after a restart")
 }
 
+// TestFramedLeader has a dealer lead a session again that an honest host led.
+func TestFramedLeader(t *testing.T) {
+	l := born(t)
+	l.prefer("beta", "gamma") // it is to deal with alpha
+	r := l.betray("alpha")
+	r.claim("beta")
+	led := make(chan *peerpb.Open, 16)
+	r.react(func(from protocol.HostID, f *peerpb.Frame) {
+		if open := f.GetOpen(); open != nil && from == "beta" && open.Binding.Operation == opReshare {
+			led <- open
+		}
+	})
+	go adminAPI{l.hosts["beta"].agent}.Refresh(t.Context(), &apipb.RefreshRequest{Key: "first"})
+	open := <-led
+	b := r.binding(open)
+	box, err := r.sessions.open(b.ID(), r.self, b.Parties)
+	ok(t, err)
+	r.send("beta", readyFrame(box.id))
+	r.hears("beta's dealing", "beta", stepOf(box.id, 1))
+	r.sessions.close(box)
+	r.send("beta", endFrame(box.id, reasonAborted, "again"))
+	r.hears("an end", "beta", endOf(box.id))
+	l.until("beta has left the session", func() bool { return !l.hosts["beta"].agent.generating(l.key("beta")) })
+	box, err = r.sessions.open(b.ID(), r.self, b.Parties)
+	ok(t, err)
+	r.send("beta", &peerpb.Frame{Body: &peerpb.Frame_Open{Open: open}})
+	if _, err = gather(r.ctx, box, []protocol.HostID{"beta"}); err == nil || !strings.Contains(err.Error(), "dealt under this session's id") {
+		t.Errorf("the same id again: %v", err)
+	}
+}
+
 // TestUncalledEpochs has a host lead new epochs without end: the others take part in as
 // many as their limits allow. What their own roster or their own people ask for is not
 // counted.
