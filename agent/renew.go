@@ -351,10 +351,15 @@ func (a *Agent) mayReshare(k *key, v *vault.Vault, r *resharing) error {
 	if err := a.buried(k, v); err != nil {
 		return err
 	}
+	k.mu.Lock()
+	known := k.known.number()
+	k.mu.Unlock()
 	record, _ := v.Record(k.id)
 	highest := record.Highest()
 	n := r.number
 	switch {
+	case known.Compare(record.Active) < 0: // else it could be dealt another key
+		return refuse(reasonNotReady, "it has not read its certificate of epoch %s", record.Active)
 	case n.Compare(highest) <= 0:
 		return refuse(reasonRefused, "it has epoch %s already", highest)
 	case n.Roster > a.roster().Version: // else the next roster's epochs could get no higher numbers

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"conseal/agent/api/apipb"
+	"conseal/agent/epoch"
 	"conseal/agent/peer/peerpb"
 	"conseal/agent/vault"
 	"conseal/config"
@@ -703,6 +704,42 @@ func TestDamagedCertificate(t *testing.T) {
 	}
 	l.start("alpha")
 	l.untilActive("alpha")
+}
+
+// TestAnotherKeyWithoutACertificate has two hosts deal another key to one that cannot read
+// its certificate, and so does not know which key it has.
+func TestAnotherKeyWithoutACertificate(t *testing.T) {
+	other := born(t).key("alpha").active.Load().certificate.Public // held by hosts of the same names
+	l := born(t)
+	k := l.key("alpha")
+	for name := range l.hosts {
+		ok(t, l.hosts[name].stop())
+	}
+	l.damage("alpha", "certs")
+	r := l.betray("beta")
+	l.betray("gamma")
+	l.start("alpha")
+	l.untilSays("alpha", "waiting", "fetching the certificate")
+	r.connected()
+	subject := k.subject("lab", epoch.Staged{Number: vault.Number{Roster: 1, Attempt: 1}, Output: epoch.OutputDigest("ed25519", other)}, vault.Origin{Entry: k.digest()})
+	forged := &epoch.Certificate{Subject: subject, Public: other}
+	for _, name := range []string{"beta", "gamma"} {
+		st, err := subject.Sign(protocol.HostID(name), l.hosts[name].identity)
+		ok(t, err)
+		forged.Statements = append(forged.Statements, st)
+	}
+	base, err := l.hosts["alpha"].agent.know(l.key("alpha"), forged)
+	ok(t, err)
+	res := newResharing(r.key, base, []protocol.HostID{"beta", "gamma"}, vault.Number{Roster: 1, Attempt: 2})
+	b := res.binding(r.key, [32]byte{1})
+	encoded, err := forged.Encode()
+	ok(t, err)
+	box, err := r.sessions.open(b.ID(), r.self, res.all)
+	ok(t, err)
+	r.send("alpha", &peerpb.Frame{Body: &peerpb.Frame_Open{Open: &peerpb.Open{Binding: wireBinding(&b), Dealers: names(res.dealers), Certificate: encoded}}})
+	if _, err := gather(r.ctx, box, []protocol.HostID{"alpha"}); err == nil || !strings.Contains(err.Error(), "has not read its certificate") {
+		t.Errorf("alpha is dealt another key: %v", err)
+	}
 }
 
 // TestDamagedBeforeTheVote damages a share that was staged for the next epoch before its
