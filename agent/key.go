@@ -57,6 +57,7 @@ type key struct {
 	dealt      map[protocol.SessionID]bool  // sessions in which this host dealt, or was to, from the epoch that is known
 	asked      [32]byte                     // certificate of an epoch that a person wants to end
 	idle       time.Time                    // since when nothing happened to the next epoch, for who is to lead after whom
+	staged     time.Time                    // when this host staged a share above that epoch last
 	receipts   map[protocol.HostID]*receipt // of the key's deletion; not empty if a host erased it
 	shown      map[protocol.HostID]bool     // hosts that have shown that they have this host's receipt
 	news       chan struct{}                // closed, and made anew, when an epoch is taken up or a host says that it did
@@ -250,7 +251,7 @@ func (k *key) learn(n *known) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.known.number().Compare(n.number()) < 0 {
-		k.known, k.damage, k.asked, k.idle, k.settled = n, nil, [32]byte{}, time.Time{}, false
+		k.known, k.damage, k.asked, k.idle, k.staged, k.settled = n, nil, [32]byte{}, time.Time{}, time.Time{}, false
 		clear(k.dealt) // the base is part of a session's id
 		k.tellNews()
 	}

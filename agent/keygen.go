@@ -388,6 +388,9 @@ func (a *Agent) stage(ctx context.Context, k *key, v *vault.Vault, n vault.Numbe
 	if err := v.Stage(ctx, k.class(), k.id, n, output, made, public, share); err != nil {
 		return fmt.Errorf("staging epoch %s of key %q: %w", n, k.id.Name, err)
 	}
+	k.mu.Lock()
+	k.staged = time.Now()
+	k.mu.Unlock()
 	failpoint.Hit("keygen/staged")
 	record, _ := v.Record(k.id)
 	a.see(k, v, record)

@@ -351,11 +351,12 @@ func (a *Agent) mayReshare(k *key, v *vault.Vault, r *resharing) error {
 	if err := a.buried(k, v); err != nil {
 		return err
 	}
-	k.mu.Lock()
-	known := k.known.number()
-	k.mu.Unlock()
 	record, _ := v.Record(k.id)
 	highest := record.Highest()
+	k.mu.Lock()
+	known := k.known.number()
+	vain, pause := k.pause(&record)
+	k.mu.Unlock()
 	n := r.number
 	switch {
 	case known.Compare(record.Active) < 0: // else it could be dealt another key
@@ -366,10 +367,32 @@ func (a *Agent) mayReshare(k *key, v *vault.Vault, r *resharing) error {
 		return refuse(reasonNotReady, "epoch %s is of a later roster than its version %d", n, a.roster().Version)
 	case n.Attempt > maxJump+highest.Attempt:
 		return refuse(reasonRefused, "the number of the epoch jumps too far ahead")
+	case pause > 0:
+		return refuse(reasonBusy, "%d attempts at the next epoch came to nothing: it takes part in another in %s, or when its roster has another entry for the key", vain, pause.Round(time.Second))
 	case slices.Contains(r.holders, a.self) && record.Active == vault.Number{} && len(k.entry().PublicKey) == 0:
 		return refuse(reasonRefused, "it holds no share of this key yet: set `public_key` in the roster, so that it cannot be dealt another key")
 	}
 	return nil
+}
+
+// attemptsAtOnce is how many attempts at a key's next epoch that come to nothing follow
+// each other before this host pauses, for a second and then each time for twice as long.
+const attemptsAtOnce = 8
+
+// pause is how long this host takes part in no attempt at the next epoch, since so many
+// came to nothing. One lying holder can bring that about, and each time this host may have
+// voted: that took a root, and left a share that it must keep, of which the vault takes
+// [vault.MaxStaged]. k.mu is held.
+func (k *key) pause(record *vault.Record) (vain int, pause time.Duration) {
+	for _, s := range record.Staged {
+		if s.Number.Compare(record.Active) > 0 {
+			vain++
+		}
+	}
+	if vain < attemptsAtOnce {
+		return vain, 0
+	}
+	return vain, time.Until(k.staged.Add(time.Second << min(vain-attemptsAtOnce, 32)))
 }
 
 // joinReshare takes part in a resharing that a dealer leads.

@@ -513,6 +513,83 @@ func TestLeftoversMakeRoom(t *testing.T) {
 	}
 }
 
+// TestWithdrawnShares has a holder take part in each attempt at the next epoch, and say that
+// it has its share until the others have voted: they vote few times at once, and when the
+// roster drops it the rest goes on.
+func TestWithdrawnShares(t *testing.T) {
+	l := born(t)
+	n := l.epochOf("alpha")
+	r := l.betray("gamma")
+	r.claim("alpha")
+	r.react(func(from protocol.HostID, f *peerpb.Frame) {
+		if open := f.GetOpen(); open != nil && open.Binding.Operation == opReshare {
+			go r.withdraws(from, open)
+		}
+	})
+	l.prefer("alpha", "gamma")
+	l.prefer("beta", "gamma")
+	v, k := l.hosts["alpha"].agent.vault.Load(), l.key("alpha")
+	roots := v.Stats().Roots
+	go adminAPI{l.hosts["alpha"].agent}.Refresh(t.Context(), &apipb.RefreshRequest{Key: "first"})
+	next := func() string { k.mu.Lock(); defer k.mu.Unlock(); return k.next }
+	l.until("alpha pauses for long", func() bool {
+		return strings.Contains(next(), fmt.Sprintf("%d attempts at the next epoch came to nothing", attemptsAtOnce+2))
+	})
+	if took := v.Stats().Roots - roots; took < attemptsAtOnce || took > attemptsAtOnce+4 {
+		t.Errorf("%d roots", took)
+	}
+	l.write(2, "alpha", "beta")
+	l.deliver("alpha", "beta")
+	l.untilEpoch(n, "alpha", "beta")
+}
+
+// withdraws takes part in a resharing, deals nothing, and says that it has its share until
+// it hears of a vote.
+func (r *rogue) withdraws(leader protocol.HostID, open *peerpb.Open) {
+	b, base := r.binding(open), r.hosts["beta"].agent.key("first")
+	box, err := r.sessions.open(b.ID(), r.self, b.Parties)
+	if err != nil {
+		return
+	}
+	defer r.sessions.close(box)
+	base.mu.Lock()
+	res := newResharing(r.key, base.known, nil, vault.Number{Roster: b.Epoch[0], Attempt: b.Epoch[1]})
+	base.mu.Unlock()
+	for _, d := range open.Dealers {
+		res.dealers = append(res.dealers, protocol.HostID(d))
+	}
+	cfg := r.hosts["beta"].agent.reshareConfig(base, res, box.id)
+	cfg.self = r.self
+	if r.net.Send(leader, readyFrame(box.id)) != nil {
+		return
+	}
+	early, err := gather(r.ctx, box, []protocol.HostID{leader})
+	if err != nil {
+		return
+	}
+	session, err := r.key.scheme.reshare(cfg, nil)
+	if err != nil {
+		return
+	}
+	defer session.Close()
+	if drive(r.ctx, r.self, session, box, r.net.Send, early) != nil {
+		return
+	}
+	public, share, err := session.result()
+	if err != nil {
+		r.t.Error(err)
+		return
+	}
+	share.Wipe()
+	s := epoch.Staged{Number: res.number, Output: epoch.OutputDigest(r.key.entry().Scheme, public)}
+	has := func(k *peerpb.KeyStatus) { k.Active, k.Certificate = number(res.base.number()), res.base.id[:] }
+	r.says(both(has, func(k *peerpb.KeyStatus) { k.Staged = append(k.Staged, staged(s)) }), r.others()...)
+	for _, h := range r.others() {
+		r.hears("a vote", h, func(f *peerpb.Frame) bool { return bytes.Equal(f.GetKey().GetVoted().GetOutput(), s.Output[:]) })
+	}
+	r.says(has, r.others()...)
+}
+
 // TestFramedDealer has a leader use one session id twice, to get two dealings of an honest
 // dealer under it: that would prove that it cheats.
 func TestFramedDealer(t *testing.T) {

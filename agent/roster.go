@@ -222,7 +222,7 @@ func (a *Agent) settleIn(now, next *told) {
 		if changed {
 			old.callOff()
 			old.mu.Lock()
-			old.retry, old.idle = retry{}, time.Time{}
+			old.retry, old.idle, old.staged = retry{}, time.Time{}, time.Time{}
 			old.mu.Unlock()
 		}
 	}
