@@ -163,7 +163,7 @@ func (a *Agent) mayLead(from protocol.HostID, k *key, v *vault.Vault) (led func(
 		return nil, a.refuse(reasonBusy, "host %q has led more new epochs than `limits.epochs_per_peer` = %d that this host's roster does not call for: it may lead the next in %s; `conseal key refresh %s` on this host makes one now",
 			from, a.config.Limits.EpochsPerPeer, next, k.id.Name)
 	}
-	return func() { limit.Allow() }, nil
+	return func() { limit.Reserve() }, nil // into debt, if it leads epochs of several keys at a time
 }
 
 // renew takes a key that exists a step further: to its next epoch if one is due, and

@@ -697,6 +697,28 @@ func TestUncalledEpochs(t *testing.T) {
 	}
 }
 
+// TestUncalledEpochsAtATime has a host lead epochs of several keys at a time: what that is
+// over the limit counts too.
+func TestUncalledEpochsAtATime(t *testing.T) {
+	l := newLab(t)
+	l.hosts["beta"].config.Limits.EpochsPerPeer = 1
+	l.start("gamma", "beta", "alpha")
+	l.untilActive("alpha", "beta", "gamma")
+	a, k := l.hosts["beta"].agent, l.key("beta")
+	var ends []func()
+	for range 3 {
+		led, err := a.mayLead("alpha", k, a.vault.Load())
+		ok(t, err)
+		ends = append(ends, led)
+	}
+	for _, led := range ends {
+		led()
+	}
+	if _, err := a.mayLead("alpha", k, a.vault.Load()); err == nil || !strings.Contains(err.Error(), "lead the next in 3h") && !strings.Contains(err.Error(), "lead the next in 2h59m") {
+		t.Errorf("after three at a time: %v", err)
+	}
+}
+
 // damage shortens the files in a folder of a host's vault, but those that keep names. It
 // returns how many.
 func (l *lab) damage(name, folder string, keep ...string) (n int) {
