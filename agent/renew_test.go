@@ -984,8 +984,18 @@ func TestErasuresAreRationed(t *testing.T) {
 	if held() != 4 {
 		t.Fatalf("alpha holds %d shares", held())
 	}
-	roots := a.vault.Load().Stats().Roots
+	roots, h := a.vault.Load().Stats().Roots, l.hosts["alpha"].protector
+	away := func(err error) { h.mu.Lock(); defer h.mu.Unlock(); h.away = err }
+	away(errors.New("its hardware is away"))
 	a.erasures.SetLimit(rate.Inf)
+	l.until("alpha fails to erase", func() bool {
+		a.nudge()
+		if a.erasures.Tokens() >= 1 { // there is room again, and no more comes
+			a.erasures.SetLimit(0)
+		}
+		return strings.Count(l.hosts["alpha"].log.String(), "erasing old shares") > erasuresAtOnce
+	})
+	away(nil) // what failed does not count
 	a.nudge()
 	l.until("the old shares are erased", func() bool { return held() == 1 })
 	if now := a.vault.Load().Stats().Roots; now != roots+1 {
