@@ -211,6 +211,9 @@ func (a *Agent) load(ctx context.Context, k *key, v *vault.Vault, record vault.R
 		c, err := a.readCertificate(k, v)
 		if errors.Is(err, vault.ErrDamaged) {
 			a.want(k, k.circle())
+			if !record.Holds(record.Active) {
+				return "", "" // it left the key by that certificate, and may be dealt a later epoch without it
+			}
 			return "waiting", fmt.Sprintf("fetching the certificate of epoch %s from other hosts, since this host's is not readable: %v", record.Active, err)
 		}
 		if err == nil {

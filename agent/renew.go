@@ -359,7 +359,7 @@ func (a *Agent) mayReshare(k *key, v *vault.Vault, r *resharing) error {
 	k.mu.Unlock()
 	n := r.number
 	switch {
-	case known.Compare(record.Active) < 0: // else it could be dealt another key
+	case known.Compare(record.Active) < 0 && len(k.entry().PublicKey) == 0: // else it could be dealt another key
 		return refuse(reasonNotReady, "it has not read its certificate of epoch %s", record.Active)
 	case n.Compare(highest) <= 0:
 		return refuse(reasonRefused, "it has epoch %s already", highest)

@@ -805,6 +805,28 @@ func TestDamagedCertificate(t *testing.T) {
 	l.untilActive("alpha")
 }
 
+// TestDamagedCertificateOfOneThatLeft damages the certificate by which a host left a key,
+// and has it hold the key again.
+func TestDamagedCertificateOfOneThatLeft(t *testing.T) {
+	l := born(t)
+	n := l.epochOf("alpha")
+	l.write(2, "alpha", "beta")
+	l.deliver("alpha", "beta", "gamma")
+	n = l.untilEpoch(n, "alpha", "beta")
+	l.until("gamma has left", func() bool {
+		record, _ := l.hosts["gamma"].agent.vault.Load().Record(l.key("gamma").id)
+		return len(record.Staged) == 0
+	})
+	ok(t, l.hosts["gamma"].stop())
+	if l.damage("gamma", "certs") == 0 {
+		t.Fatal("no certificate is damaged")
+	}
+	l.write(2, "alpha", "beta", "gamma")
+	l.deliver("alpha", "beta")
+	l.start("gamma")
+	l.untilEpoch(n, "alpha", "beta", "gamma")
+}
+
 // TestAnotherKeyWithoutACertificate has two hosts deal another key to one that cannot read
 // its certificate, and so does not know which key it has.
 func TestAnotherKeyWithoutACertificate(t *testing.T) {
