@@ -73,8 +73,8 @@ type Unborn struct {
 //   - A host votes only for a number whose share every holder says it has
 //     staged, with the same output, and it votes once for a key id. (A host
 //     that staged a share never drops it but at the birth or deletion of the
-//     key's name.) So once anybody voted, everybody has the share, and no crash
-//     takes it away.
+//     key's name, or if its file is damaged before this host voted for it.) So
+//     once anybody voted, everybody has the share, and no crash takes it away.
 //   - A new generation starts only when no number is staged at all holders; each
 //     of them agrees to start only if what it has staged is what the first
 //     holder counted, and from then on stages nothing of earlier numbers. So no
