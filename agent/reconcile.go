@@ -264,9 +264,11 @@ func (a *Agent) takeUp(ctx context.Context, k *key, v *vault.Vault, n *known) (n
 	}
 	damaged := errors.Is(err, vault.ErrDamaged)
 	k.mu.Lock()
-	k.damage = nil
-	if damaged {
-		k.damage = err
+	if k.known == n { // else a later one is known meanwhile
+		k.damage = nil
+		if damaged {
+			k.damage = err
+		}
 	}
 	k.mu.Unlock()
 	if err != nil && !damaged {

@@ -786,6 +786,34 @@ func TestDamagedWhileOpened(t *testing.T) {
 	ok(t, err)
 }
 
+// TestDamageIsOfOneEpoch has a host hear of a later epoch while it finds that its share is
+// damaged: of the later one it says nothing.
+func TestDamageIsOfOneEpoch(t *testing.T) {
+	l := born(t)
+	a, k := l.hosts["alpha"].agent, l.key("alpha")
+	k.mu.Lock()
+	n := k.known
+	k.mu.Unlock()
+	later := *n.certificate
+	later.Subject.Number.Attempt++
+	if l.damage("alpha", "shares") != 1 {
+		t.Fatal("no share is damaged")
+	}
+	damage := func() error {
+		a.takeUp(t.Context(), k, a.vault.Load(), n)
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		return k.damage
+	}
+	if !errors.Is(damage(), vault.ErrDamaged) {
+		t.Error("before, it says nothing either")
+	}
+	k.learn(&known{&later, later.Subject.ID(), n.output})
+	if err := damage(); err != nil {
+		t.Errorf("of a later epoch: %v", err)
+	}
+}
+
 // TestDamagedCertificate damages the file of a host's certificate: it gets another copy.
 func TestDamagedCertificate(t *testing.T) {
 	l := born(t)
