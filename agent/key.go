@@ -289,7 +289,9 @@ func (k *key) activate(ctx context.Context, self protocol.HostID, n *known, v *v
 	}
 	k.mu.Lock()
 	k.tellNews()
+	highest := k.known.number()
 	k.mu.Unlock()
+	k.supersede(highest, last) // by one that was learned meanwhile
 	return nil
 }
 

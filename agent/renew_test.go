@@ -814,6 +814,24 @@ func TestDamageIsOfOneEpoch(t *testing.T) {
 	}
 }
 
+// TestLaterEpochMeanwhile shows a host the certificate of a later epoch, of which it has no
+// share, while it takes up the one before: it does not sign with that.
+func TestLaterEpochMeanwhile(t *testing.T) {
+	l := born(t)
+	a, k := l.hosts["alpha"].agent, l.key("alpha")
+	k.mu.Lock()
+	n := k.known
+	k.mu.Unlock()
+	later := *n.certificate
+	later.Subject.Number.Attempt++
+	k.learn(&known{&later, later.Subject.ID(), n.output})
+	k.supersede(later.Subject.Number, 0)
+	a.takeUp(t.Context(), k, a.vault.Load(), n)
+	if act := k.active.Load(); act != nil {
+		t.Errorf("it signs with epoch %s, and has the certificate of %s", act.number(), later.Subject.Number)
+	}
+}
+
 // TestDamagedCertificate damages the file of a host's certificate: it gets another copy.
 func TestDamagedCertificate(t *testing.T) {
 	l := born(t)
