@@ -12,6 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"conseal/agent/vault"
 	"conseal/config"
 	"conseal/internal/secret"
 	"conseal/protocol"
@@ -326,6 +327,21 @@ func TestSealedHostRefuses(t *testing.T) {
 			l.start("gamma")
 			l.untilSays("beta", "ready")
 		})
+	}
+}
+
+// TestRefusalAfterTheEnd: the hardware refuses a session of an epoch that has ended, and none
+// has begun.
+func TestRefusalAfterTheEnd(t *testing.T) {
+	l := labOpen(t, "ed25519", "each")
+	l.start("gamma", "beta", "alpha")
+	l.untilActive("alpha", "beta", "gamma")
+	l.hosts["alpha"].protector.refuseOwn(errors.New("PCR 4 is not as it was"))
+	k := l.key("alpha")
+	act := k.active.Load()
+	k.supersede(vault.Number{Roster: 2}, time.Minute)
+	if _, _, err := act.share.borrow(t.Context()); !errors.Is(err, errSealed) {
+		t.Errorf("it is lent: %v", err)
 	}
 }
 

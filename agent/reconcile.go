@@ -180,6 +180,9 @@ func (a *Agent) ready(k *key) (name, detail string) {
 		return "suspended", "by the roster"
 	}
 	act := k.active.Load()
+	if act == nil {
+		return "waiting", "its epoch ended just now"
+	}
 	if err := act.share.refusal(); err != nil {
 		return "sealed", fmt.Sprintf("when it was used last, the hardware did not open this host's share: %v; it is asked again at each use", err)
 	}
