@@ -259,6 +259,11 @@ func (a *Agent) takeUp(ctx context.Context, k *key, v *vault.Vault, n *known) (n
 		return "sealed", fmt.Sprintf("the roster says `open = %q`, and the share does not rest so yet: %v", k.entry().Open, failed)
 	}
 	changed := func() {
+		if act := k.active.Load(); act != nil && errors.Is(act.share.refusal(), vault.ErrDamaged) && k.active.CompareAndSwap(act, nil) {
+			act.end(a.config.Limits.SignDeadline)
+			a.nudge() // it is taken up again, or lost
+			return
+		}
 		name, detail := a.ready(k)
 		a.say(k, name, detail)
 	}

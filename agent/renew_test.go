@@ -786,6 +786,26 @@ func TestDamagedWhileOpened(t *testing.T) {
 	ok(t, err)
 }
 
+// TestDamagedBetweenUses damages the file of a share that is opened for each use: at the
+// next use it is a lost share, as after a restart.
+func TestDamagedBetweenUses(t *testing.T) {
+	l := labOpen(t, "ed25519", "each")
+	l.start("gamma", "beta", "alpha")
+	l.untilActive("alpha", "beta", "gamma")
+	n := l.epochOf("alpha")
+	if l.damage("alpha", "shares") != 1 {
+		t.Fatal("no share is damaged")
+	}
+	if _, err := l.sign("alpha", []byte("m")); err == nil {
+		t.Error("alpha signed with a damaged share")
+	}
+	l.untilSays("alpha", "lost", "damaged", "conseal key refresh first")
+	l.refresh("beta")
+	l.untilEpoch(n, "alpha", "beta", "gamma")
+	_, err := l.sign("alpha", []byte("whole again"))
+	ok(t, err)
+}
+
 // TestDamageIsOfOneEpoch has a host hear of a later epoch while it finds that its share is
 // damaged: of the later one it says nothing.
 func TestDamageIsOfOneEpoch(t *testing.T) {
