@@ -71,6 +71,8 @@ func (l *lab) signThrough(names ...string) (stop func() int) {
 	var callers sync.WaitGroup
 	var signed atomic.Int64
 	for _, name := range names {
+		k := l.key(name)
+		l.until(name+" has heard of all", func() bool { return len(k.live(protocol.HostID(name))) == len(k.holders()) })
 		callers.Go(func() {
 			for ctx.Err() == nil {
 				if _, err := l.sign(name, fmt.Appendf(nil, "message %d", signed.Add(1))); err != nil {
@@ -559,7 +561,7 @@ func (r *rogue) withdraws(leader protocol.HostID, open *peerpb.Open) {
 		res.dealers = append(res.dealers, protocol.HostID(d))
 	}
 	cfg := r.hosts["beta"].agent.reshareConfig(base, res, box.id)
-	cfg.self = r.self
+	cfg.Self = r.self
 	if r.net.Send(leader, readyFrame(box.id)) != nil {
 		return
 	}
@@ -567,15 +569,15 @@ func (r *rogue) withdraws(leader protocol.HostID, open *peerpb.Open) {
 	if err != nil {
 		return
 	}
-	session, err := r.key.scheme.reshare(cfg, nil)
+	g, err := r.key.scheme.reshare(cfg, nil)
 	if err != nil {
 		return
 	}
-	defer session.Close()
-	if drive(r.ctx, r.self, session, box, r.net.Send, early) != nil {
+	defer g.session.Close()
+	if drive(r.ctx, r.self, g.session, box, r.net.Send, early) != nil {
 		return
 	}
-	public, share, err := session.result()
+	public, share, err := g.result()
 	if err != nil {
 		r.t.Error(err)
 		return
