@@ -3,6 +3,8 @@ package agent_test
 import (
 	"bytes"
 	"context"
+	"crypto/ed25519"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
@@ -187,6 +189,36 @@ func TestCrashAtEachFailpoint(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestRosterChangesBeforeAHostHearsOfTheBirth kills a host that has voted before it has the
+// certificate, and changes the key in the roster: it takes part in what comes next.
+func TestRosterChangesBeforeAHostHearsOfTheBirth(t *testing.T) {
+	ctx, f := newFleet(t, "-tags", "failpoints")
+	victim, log := f.Hosts[1], filepath.Join(f.Dir, "hit")
+	victim.Env = []string{"FAILPOINT=vault/activate/certificate", "FAILPOINT_LOG=" + log}
+	must(t, f.Start(ctx))
+	select {
+	case <-victim.Process().Done():
+	case <-ctx.Done():
+		t.Fatal("the failpoint was not reached")
+	}
+	victim.Kill()
+	victim.Env = nil
+	must(t, f.WaitReady(ctx, "first"))
+	k, err := f.Hosts[0].Client().GetKey(ctx, "first")
+	must(t, err)
+	public, err := x509.ParsePKIXPublicKey(k.PublicKey)
+	must(t, err)
+	must(t, f.SetKey("first", map[string]string{"quorum": "3", "generate": "", "public_key": fmt.Sprintf("%q", hex.EncodeToString(public.(ed25519.PublicKey)))}))
+	must(t, f.WriteRoster(2))
+	for _, h := range []*testenv.Host{f.Hosts[0], f.Hosts[2]} {
+		_, err := h.Client().LoadRoster(ctx)
+		must(t, err)
+	}
+	must(t, victim.Start(ctx))
+	must(t, f.WaitReady(ctx, "first"))
+	checkKey(ctx, t, f, "first")
 }
 
 // TestCrashAtEachFailpointOfRefresh kills an agent at every named place of a refresh, of

@@ -122,7 +122,7 @@ func (a *Agent) step(ctx context.Context, k *key) (name, detail string) {
 		return a.exists(ctx, k, v)
 	}
 	if record.Entry != ([32]byte{}) && record.Entry != k.digest() && !reshared(v, record) {
-		return "refused", "the key's hosts, quorum or identities changed in the roster before it was born; put them back, or raise its `incarnation`"
+		return a.changedUnborn(k, record)
 	}
 	a.see(k, v, record)
 	return a.unborn(ctx, k, v)
@@ -410,19 +410,38 @@ func (a *Agent) want(k *key, hosts []protocol.HostID) {
 	}
 }
 
+// changedUnborn is what to do about a key whose entry changed before it was born, as far
+// as this host knows. If it voted, the others may have the certificate.
+func (a *Agent) changedUnborn(k *key, record vault.Record) (name, detail string) {
+	const changed = "the key's hosts, quorum or identities changed in the roster before it was born; put them back, or raise its `incarnation`"
+	from := k.sayActive(a.self)
+	if record.Voted == nil || len(from) == 0 {
+		return "refused", changed
+	}
+	a.want(k, from)
+	return "refused", fmt.Sprintf("host %s says that the key exists; fetching its certificate. If there is none: %s", strings.Trim(fmt.Sprintf("%q", from), "[]"), changed)
+}
+
+// sayActive lists the other hosts that say that the key exists.
+func (k *key) sayActive(self protocol.HostID) (hosts []protocol.HostID) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for h, view := range k.views {
+		if view.Active && h != self {
+			hosts = append(hosts, h)
+		}
+	}
+	slices.Sort(hosts)
+	return hosts
+}
+
 // bornElsewhere is what to do about a key that exists, as others say, and of which this
 // host has no certificate: it missed the birth, lost its share, or is new to the key.
 func (a *Agent) bornElsewhere(ctx context.Context, k *key, v *vault.Vault) (name, detail string) {
-	var from []protocol.HostID
+	from := k.sayActive(a.self)
 	k.mu.Lock()
 	n := k.known
-	for h, view := range k.views {
-		if view.Active && h != a.self {
-			from = append(from, h)
-		}
-	}
 	k.mu.Unlock()
-	slices.Sort(from)
 	hosts := strings.Trim(fmt.Sprintf("%q", from), "[]")
 	record, _ := v.Record(k.id)
 	if n == nil {
