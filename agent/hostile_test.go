@@ -593,6 +593,12 @@ func TestLyingSigner(t *testing.T) {
 		"it refuses": {"not today", func(open *peerpb.Open) {
 			_ = r.net.Send("alpha", endFrame(r.binding(open).ID(), "REFUSED", "not today"))
 		}},
+		"it wants a presignature": {"none here", func(open *peerpb.Open) {
+			_ = r.net.Send("alpha", endFrame(r.binding(open).ID(), reasonNoPresignature, "none here"))
+		}},
+		"it says that alpha is behind": {"far behind", func(open *peerpb.Open) {
+			_ = r.net.Send("alpha", endFrame(r.binding(open).ID(), reasonBehind, "far behind"))
+		}},
 		"it shouts": {"AAAA", func(open *peerpb.Open) {
 			f := endFrame(r.binding(open).ID(), "", "")
 			f.GetEnd().Text = strings.Repeat("A", 1<<20) + "\x1b[2J"

@@ -105,7 +105,7 @@ func (a *Agent) sign(ctx context.Context, r *request) (*apipb.SignResponse, erro
 				PublicKey: r.act.output.spki, Signers: names(signers), Session: session.String(),
 			}, nil
 		}
-		if lacksPresignature(err) && ctx.Err() == nil {
+		if with != nil && lacksPresignature(err) && ctx.Err() == nil {
 			continue // there are fewer now
 		}
 		if a.haltsHere(err) && ctx.Err() == nil {
