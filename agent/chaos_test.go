@@ -2,15 +2,19 @@ package agent_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"crypto/x509"
 	"encoding/hex"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -25,30 +29,73 @@ import (
 const settleTime = 3 * time.Minute
 
 // TestChaos draws operations on a key and disturbances of its hosts: kills, pauses, power
-// cuts, partitions and at most one lost share a run. When they end, the fleet gets by
-// itself to one epoch of the same key. Each run has a key and a seed of its own, which
-// -seed runs alone.
+// cuts, partitions, and in a run either one share that is lost or one host that lies, but
+// not both. When they end, the hosts that are honest agree and sign, and when nobody lies
+// any more the fleet gets by itself to one epoch of the same key. Each run has a key and a
+// seed of its own, which -seed runs again. A run mostly waits, so that several fleets are
+// disturbed at a time.
 func TestChaos(t *testing.T) {
-	first, runs := *seed, 1
+	first, runs := *seed, *runs
 	if first == 0 {
-		if first, runs = rand.Uint64(), 10; *soak {
+		if first, runs = rand.Uint64(), 30; *soak {
 			runs = 500
 		}
 	}
 	const perFleet = 50 // an old fleet's vaults are full of dead keys
-	for at := 0; at < runs && !t.Failed(); at += perFleet {
-		t.Run(fmt.Sprint(at), func(t *testing.T) {
-			c := newChaos(t)
-			for i := at; i < min(runs, at+perFleet); i++ {
-				c.run(first + uint64(i))
+	var next atomic.Int64
+	var fleets sync.WaitGroup
+	told := &lies{by: map[string]int{}}
+	for i := range min(runs, sideBySide) {
+		fleets.Go(func() {
+			for next.Load() < int64(runs) && !t.Failed() {
+				t.Run(fmt.Sprintf("fleet%d", i), func(t *testing.T) {
+					c := newChaos(t, told)
+					for range perFleet {
+						run := next.Add(1) - 1
+						if run >= int64(runs) || t.Failed() {
+							return
+						}
+						c.run(first + uint64(run))
+					}
+				})
 			}
 		})
+	}
+	fleets.Wait()
+	told.check(t)
+}
+
+// lieLogged is how an agent logs a lie.
+var lieLogged = regexp.MustCompile(`msg=lie .*kind=(\w+) is="?([^"\n]+?)"? about=`)
+
+// sideBySide is how many fleets are disturbed at a time.
+const sideBySide = 4
+
+// lies counts what liars said, of all fleets.
+type lies struct {
+	mu    sync.Mutex
+	liars int
+	by    map[string]int // by the frame's kind and what was done to it
+}
+
+// check fails if liars did not lie about what matters.
+func (l *lies) check(t *testing.T) {
+	t.Logf("the lies of %d hosts: %v", l.liars, l.by)
+	kinds := map[string]bool{}
+	for lie := range l.by {
+		kind, _, _ := strings.Cut(lie, " ")
+		kinds[kind] = true
+	}
+	for _, kind := range []string{"open", "step", "status", "end"} {
+		if l.liars >= 5 && !kinds[kind] {
+			t.Errorf("%d hosts told no lie in a frame of kind %q", l.liars, kind)
+		}
 	}
 }
 
 // newChaos starts a fleet without keys.
-func newChaos(t *testing.T) *chaos {
-	bin, err := testenv.Build(t.Context())
+func newChaos(t *testing.T, told *lies) *chaos {
+	bin, err := testenv.Build(t.Context(), "-tags", "failpoints")
 	must(t, err)
 	f, err := testenv.NewFleet(t.Context(), bin, "tpm", "tpm", "hsm", "tpm")
 	must(t, err)
@@ -57,10 +104,10 @@ func newChaos(t *testing.T) *chaos {
 			t.Error(err)
 		}
 	})
-	c := &chaos{T: t, f: f, version: 1, shares: map[string]int{}}
+	c := &chaos{T: t, f: f, lies: told, version: 1, entries: map[uint64][]*testenv.Host{}, shares: map[string]int{}, logged: map[string]int64{}}
 	c.network, err = f.Network()
 	must(t, err)
-	f.Limits = "[limits]\nkeygen_deadline = \"30s\"\nsign_deadline = \"10s\"\nerasures_per_hour = 60000\n"
+	f.Limits = "[limits]\nkeygen_deadline = \"5s\"\nsign_deadline = \"10s\"\nerasures_per_hour = 60000\n"
 	must(t, f.Init(t.Context()))
 	must(t, f.WriteRoster(c.version))
 	must(t, f.Start(t.Context()))
@@ -72,16 +119,24 @@ type chaos struct {
 	*testing.T
 	f       *testenv.Fleet
 	network *testenv.Network
-	version int            // of the roster
-	shares  map[string]int // share files of earlier runs, by host
+	lies    *lies
+	version int                        // of the roster
+	entries map[uint64][]*testenv.Host // holders by the roster's version
+	shares  map[string]int             // share files of earlier runs, by host
+	logged  map[string]int64           // bytes of the logs of earlier runs, by host
 
 	// Of the run:
 	ops, trouble *rand.Rand // what the security team does, and what befalls the hosts
 	key          string
 	holders      []*testenv.Host
 	quorum       int
-	public       []byte // once born
-	lost         bool   // the one share that may be
+	public       []byte        // once born
+	lost         bool          // the one share that may be
+	liar         *testenv.Host // nil in most runs
+	lying        bool
+	stuck        time.Time // when a host first said that the birth is
+	again        bool      // the key has a second incarnation
+	refreshed    bool      // somebody asked for new shares
 	told         []string
 	begun        time.Time
 	asking       sync.WaitGroup
@@ -95,9 +150,16 @@ func (c *chaos) tell(format string, args ...any) {
 func (c *chaos) fail(format string, args ...any) {
 	c.Helper()
 	for _, h := range c.f.Hosts {
-		c.Logf("log of %s:\n%s", h.Name, h.LogTail())
+		c.Logf("log of %s:\n%s", h.Name, c.log(h))
 	}
 	c.Fatalf("%s\n%s", strings.Join(c.told, "\n"), fmt.Sprintf(format, args...))
+}
+
+// log is what a host has logged in this run.
+func (c *chaos) log(h *testenv.Host) []byte {
+	b, err := os.ReadFile(h.LogFile())
+	must(c.T, err)
+	return b[c.logged[h.Name]:]
 }
 
 func (c *chaos) must(err error) {
@@ -109,29 +171,37 @@ func (c *chaos) must(err error) {
 
 // run gives the fleet a new key, changes it under disturbances, and wants it whole.
 func (c *chaos) run(s uint64) {
-	c.begun, c.told, c.public, c.lost = time.Now(), nil, nil, false
+	c.begun, c.told, c.public, c.lost, c.liar, c.stuck, c.again, c.refreshed = time.Now(), nil, nil, false, nil, time.Time{}, false, false
 	c.ops, c.trouble = rand.New(rand.NewPCG(s, 2)), rand.New(rand.NewPCG(s, 3))
 	for _, h := range c.f.Hosts {
 		c.shares[h.Name] = shareFiles(c.T, h)
+		c.logged[h.Name] += int64(len(c.log(h)))
 	}
 	ctx, cancel := context.WithTimeout(c.Context(), 5*settleTime)
 	defer cancel()
 	asked, stop := context.WithCancel(ctx) // for what is asked of hosts that may not answer
 	c.generate(ctx, asked, s)
-	for range 2 + c.ops.IntN(2) {
+	operations := 2 + c.ops.IntN(2)
+	if c.lying {
+		operations *= 2
+	}
+	for range operations {
 		c.operate(ctx, asked)
 		c.disturb(ctx)
 		if c.ops.IntN(2) == 0 {
-			c.await(ctx, c.unsettled)
-			c.tell("settled")
+			c.settle(ctx)
 		}
 	}
 	c.tell("the disturbances end")
 	c.await(ctx, c.loaded)
 	stop()
 	c.asking.Wait()
-	c.await(ctx, c.unsettled)
-	c.checkSigns(ctx)
+	if c.lying {
+		c.checkSigns(ctx, c.settle(ctx))
+		c.repair(ctx)
+	}
+	c.checkSigns(ctx, c.settle(ctx))
+	c.checkBlame()
 	c.Logf("seed %d: %d steps, %v", s, len(c.told), time.Since(c.begun).Round(time.Millisecond))
 	if *seed != 0 {
 		c.Log(strings.Join(c.told, "\n"))
@@ -146,18 +216,99 @@ func (c *chaos) generate(ctx, asked context.Context, s uint64) {
 	c.key, c.holders, c.quorum = fmt.Sprintf("key%d", c.version), hosts[:3], 2
 	c.f.Keys = c.f.Key(c.key, "ed25519", c.quorum)
 	c.tell("seed %d: key %s", s, c.key)
+	if c.ops.IntN(3) == 0 {
+		c.liar, c.lying, c.lost = c.holders[c.ops.IntN(3)], true, true // a quorum of two bears one fault
+		c.restart(ctx, c.liar, fmt.Sprintf("LIES=%d", s))
+		c.tell("%s lies", c.liar.Name)
+	}
 	c.roster(asked, nil)
 	c.disturb(ctx)
 	c.await(ctx, c.loaded)
 	c.await(ctx, func(ctx context.Context) string {
-		k, err := c.holders[0].Client().GetKey(ctx, c.key)
-		if err != nil || len(k.PublicKey) == 0 {
-			return fmt.Sprintf("key is not born: %s: %s (%v)", k.GetCondition(), k.GetDetail(), err)
+		why := c.unborn(ctx)
+		if !c.stuck.IsZero() && !c.again && time.Since(c.stuck) > patience {
+			c.anew(ctx, asked)
 		}
-		c.public = k.PublicKey
-		return ""
+		return why
 	})
 	c.tell("born")
+}
+
+// unborn says why the key is not born.
+func (c *chaos) unborn(ctx context.Context) string {
+	stuck, why := false, ""
+	for _, h := range c.honest(c.holders) {
+		k, err := h.Client().GetKey(ctx, c.key)
+		if err == nil && len(k.PublicKey) > 0 {
+			c.public = k.PublicKey
+			return ""
+		}
+		why = fmt.Sprintf("key is not born: %s: %s (%v)", k.GetCondition(), k.GetDetail(), err)
+		stuck = stuck || strings.Contains(why, "raise its `incarnation`")
+	}
+	if !stuck {
+		c.stuck = time.Time{}
+	} else if c.stuck.IsZero() {
+		c.stuck = time.Now()
+	}
+	return why
+}
+
+// patience is for how long a birth has to be stuck before the security team acts.
+const patience = 3 * time.Second
+
+// anew does what hosts say that are stuck: it makes the key anew, without the host that lies.
+func (c *chaos) anew(ctx, asked context.Context) {
+	if !c.lying {
+		c.fail("the birth is stuck, and nobody lied")
+	}
+	c.tell("the birth is stuck")
+	c.again = true
+	c.holders = append(c.honest(c.holders), c.away()...)
+	c.roster(asked, map[string]string{"incarnation": "2"})
+	c.await(ctx, c.loaded)
+}
+
+// settle waits until nothing is left to do, as far as the hosts that are honest can do it,
+// and returns those that sign then.
+func (c *chaos) settle(ctx context.Context) (signers []*testenv.Host) {
+	if !c.lying {
+		c.await(ctx, c.unsettled)
+		if c.leftovers() != "" && c.refreshed { // a refresh that came to nothing leaves shares until the next
+			_, err := c.holders[0].Client().Refresh(ctx, c.key)
+			c.must(err)
+		}
+		c.await(ctx, func(ctx context.Context) string { return cmp.Or(c.unsettled(ctx), c.leftovers()) })
+		c.tell("settled")
+		return c.holders
+	}
+	c.await(ctx, func(ctx context.Context) (why string) { signers, why = c.split(ctx); return why })
+	c.tell("the honest hosts agree")
+	return signers
+}
+
+// restart gives a host another environment.
+func (c *chaos) restart(ctx context.Context, h *testenv.Host, env ...string) {
+	h.Kill()
+	h.Env = env
+	c.must(h.Start(ctx))
+}
+
+// repair has the liar be honest again.
+func (c *chaos) repair(ctx context.Context) {
+	told := map[string]int{}
+	for _, m := range lieLogged.FindAllSubmatch(c.log(c.liar), -1) {
+		told[string(m[1])+" "+string(m[2])]++
+	}
+	c.tell("%s is honest, after these lies: %v", c.liar.Name, told)
+	c.lies.mu.Lock()
+	c.lies.liars++
+	for lie, n := range told {
+		c.lies.by[lie] += n
+	}
+	c.lies.mu.Unlock()
+	c.restart(ctx, c.liar)
+	c.lying = false
 }
 
 // operate is one act of the security team: refresh, recovery or another set of hosts.
@@ -169,6 +320,7 @@ func (c *chaos) operate(ctx, asked context.Context) {
 	case draw < 3:
 		h := c.holders[c.ops.IntN(len(c.holders))]
 		c.tell("refresh on %s", h.Name)
+		c.refreshed = true
 		c.ask(h, func(client *api.Client) { _, _ = client.Refresh(asked, c.key) })
 	case draw < 4 && !c.lost:
 		c.lost = true
@@ -187,7 +339,7 @@ func (c *chaos) operate(ctx, asked context.Context) {
 // reshape draws other holders and another quorum. One host more than the quorum stays,
 // always: else a lost share is a lost key.
 func (c *chaos) reshape() {
-	away := slices.DeleteFunc(slices.Clone(c.f.Hosts), func(h *testenv.Host) bool { return slices.Contains(c.holders, h) })
+	away := c.away()
 	c.holders = slices.Clone(c.holders)
 	i := c.ops.IntN(len(c.holders))
 	switch draw := c.ops.IntN(3); {
@@ -200,6 +352,14 @@ func (c *chaos) reshape() {
 	default:
 		c.holders, c.quorum = slices.Delete(c.holders, i, i+1), 2
 	}
+}
+
+// away are the hosts that may come to hold the key, but not one that was left out of its
+// second incarnation: it may hold the first.
+func (c *chaos) away() []*testenv.Host {
+	return slices.DeleteFunc(slices.Clone(c.f.Hosts), func(h *testenv.Host) bool {
+		return slices.Contains(c.holders, h) || c.again && h == c.liar
+	})
 }
 
 func (c *chaos) names() (names []string) {
@@ -217,6 +377,7 @@ func (c *chaos) roster(asked context.Context, values map[string]string) {
 	}
 	c.must(c.f.SetKey(c.key, lines))
 	c.version++
+	c.entries[uint64(c.version)] = slices.Clone(c.holders)
 	c.tell("roster %d: %d of %q", c.version, c.quorum, c.names())
 	c.must(c.f.WriteRoster(c.version))
 	for _, h := range c.f.Hosts {
@@ -251,7 +412,7 @@ func (c *chaos) disturb(ctx context.Context) {
 		begin := time.Duration(c.trouble.ExpFloat64() * float64(100*time.Millisecond)) // an epoch takes about as long
 		most := time.Second
 		if c.trouble.IntN(30) == 0 {
-			most = 15 * time.Second // longer than hosts bear silence
+			most = 9 * time.Second // longer than hosts bear silence
 		}
 		end := begin + time.Duration(c.trouble.Int64N(int64(most)))
 		kind := c.trouble.IntN(4)
@@ -327,8 +488,7 @@ func (c *chaos) loaded(ctx context.Context) string {
 	return ""
 }
 
-// unsettled says what is not as it is to be at the end: one epoch, ready on the holders,
-// one share on each, none elsewhere.
+// unsettled says what is not as it is to be at the end: one epoch, ready on the holders.
 func (c *chaos) unsettled(ctx context.Context) string {
 	if why := c.loaded(ctx); why != "" {
 		return why
@@ -336,36 +496,93 @@ func (c *chaos) unsettled(ctx context.Context) string {
 	var one *apipb.Key
 	for _, h := range c.f.Hosts {
 		k, err := h.Client().GetKey(ctx, c.key)
-		want := c.shares[h.Name]
 		if !slices.Contains(c.holders, h) {
 			if err == nil || reason(err) != "UNKNOWN_KEY" {
 				return fmt.Sprintf("%s has not left: %s: %s (%v)", h.Name, k.GetCondition(), k.GetDetail(), err)
 			}
-		} else {
-			want++
-			if err != nil || k.Condition != "ready" || k.Next != "" || len(k.Live) != len(c.holders) {
-				return fmt.Sprintf("%s is %s: %s; live %q; next: %s (%v)", h.Name, k.GetCondition(), k.GetDetail(), k.GetLive(), k.GetNext(), err)
-			}
-			if !bytes.Equal(k.PublicKey, c.public) {
-				c.fail("%s has another public key: %x, not %x", h.Name, k.PublicKey, c.public)
-			}
-			if one == nil {
-				one = k
-			}
-			if !bytes.Equal(k.Certificate, one.Certificate) {
-				return fmt.Sprintf("%s is at epoch %d.%d, others at %d.%d", h.Name, k.EpochRoster, k.EpochAttempt, one.EpochRoster, one.EpochAttempt)
-			}
+			continue
 		}
-		if got := shareFiles(c.T, h); got != want {
-			return fmt.Sprintf("%s has %d share files, not %d; next: %s", h.Name, got, want, k.GetNext())
+		if err != nil || k.Condition != "ready" || k.Next != "" || len(k.Live) != len(c.holders) {
+			return fmt.Sprintf("%s is %s: %s; live %q; next: %s (%v)", h.Name, k.GetCondition(), k.GetDetail(), k.GetLive(), k.GetNext(), err)
+		}
+		if !bytes.Equal(k.PublicKey, c.public) {
+			c.fail("%s has another public key: %x, not %x", h.Name, k.PublicKey, c.public)
+		}
+		if one == nil {
+			one = k
+		}
+		if !bytes.Equal(k.Certificate, one.Certificate) {
+			return fmt.Sprintf("%s is at epoch %d.%d, others at %d.%d", h.Name, k.EpochRoster, k.EpochAttempt, one.EpochRoster, one.EpochAttempt)
 		}
 	}
 	return ""
 }
 
-// checkSigns wants a good signature through every holder.
-func (c *chaos) checkSigns(ctx context.Context) {
-	for _, h := range c.holders {
+// leftovers says which host has not one share, if it is a holder, and else none.
+func (c *chaos) leftovers() string {
+	for _, h := range c.f.Hosts {
+		want := c.shares[h.Name]
+		if slices.Contains(c.holders, h) {
+			want++
+		}
+		if got := shareFiles(c.T, h); got != want && !(c.again && h == c.liar) { // which may keep the first incarnation's
+			return fmt.Sprintf("%s has %d share files, not %d", h.Name, got, want)
+		}
+	}
+	return ""
+}
+
+// honest are those of hosts that say the truth.
+func (c *chaos) honest(hosts []*testenv.Host) []*testenv.Host {
+	return slices.DeleteFunc(slices.Clone(hosts), func(h *testenv.Host) bool { return c.lying && h == c.liar })
+}
+
+// split says what honest hosts do not agree on while another lies: those that hold the
+// highest epoch that any of them signs with all have it, and each other's word. It returns those of them that
+// are to hold the key.
+func (c *chaos) split(ctx context.Context) (signers []*testenv.Host, why string) {
+	if why := c.loaded(ctx); why != "" {
+		return nil, why
+	}
+	highest := &apipb.Key{}
+	keys := map[*testenv.Host]*apipb.Key{}
+	for _, h := range c.honest(c.f.Hosts) {
+		k, err := h.Client().GetKey(ctx, c.key)
+		if err != nil && reason(err) != "UNKNOWN_KEY" {
+			return nil, err.Error()
+		}
+		keys[h] = k
+		if k.GetEpochRoster() > highest.EpochRoster || k.GetEpochRoster() == highest.EpochRoster && k.GetEpochAttempt() > highest.EpochAttempt {
+			highest = k
+		}
+	}
+	if len(highest.Certificate) == 0 {
+		return nil, "no honest host signs"
+	}
+	if !bytes.Equal(highest.PublicKey, c.public) {
+		c.fail("another public key: %x, not %x", highest.PublicKey, c.public)
+	}
+	holders := c.honest(c.entries[highest.EpochRoster])
+	for _, h := range holders {
+		if k := keys[h]; !bytes.Equal(k.GetCertificate(), highest.Certificate) {
+			return nil, fmt.Sprintf("%s is at epoch %d.%d (%s: %s), another host at %d.%d", h.Name,
+				k.GetEpochRoster(), k.GetEpochAttempt(), k.GetCondition(), k.GetDetail(), highest.EpochRoster, highest.EpochAttempt)
+		}
+		for _, other := range holders {
+			if !slices.Contains(keys[h].Live, other.Name) {
+				return nil, fmt.Sprintf("%s does not count on %s: %s", h.Name, other.Name, keys[h].Detail)
+			}
+		}
+		if slices.Contains(c.holders, h) {
+			signers = append(signers, h)
+		}
+	}
+	return signers, ""
+}
+
+// checkSigns wants a good signature through each of hosts, at the first request.
+func (c *chaos) checkSigns(ctx context.Context, hosts []*testenv.Host) {
+	for _, h := range hosts {
 		message := []byte("signed through " + h.Name)
 		r, err := h.Client().Sign(ctx, c.key, message)
 		c.must(err)
@@ -373,5 +590,16 @@ func (c *chaos) checkSigns(ctx context.Context) {
 			c.fail("%s signs for another public key", h.Name)
 		}
 		c.must(verifyScheme("ed25519", r, message))
+	}
+}
+
+// checkBlame wants no proof that an honest host cheated.
+func (c *chaos) checkBlame() {
+	for _, h := range c.f.Hosts {
+		for line := range bytes.Lines(c.log(h)) {
+			if bytes.Contains(line, []byte("this is proven")) && (c.liar == nil || !bytes.Contains(line, []byte("dealer="+c.liar.Name))) {
+				c.fail("%s: %s", h.Name, line)
+			}
+		}
 	}
 }

@@ -34,6 +34,7 @@ import (
 var (
 	soak = flag.Bool("soak", false, "kill ten times as often")
 	seed = flag.Uint64("seed", 0, "of the random kills; 0 draws one")
+	runs = flag.Int("runs", 1, "of TestChaos, with seeds from -seed on")
 )
 
 func TestMain(m *testing.M) {

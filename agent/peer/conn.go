@@ -163,7 +163,8 @@ func (n *Net) hello() *peerpb.Frame {
 	hello := &peerpb.Hello{}
 	proto.Merge(hello, n.cfg.Hello())
 	hello.Fleet = n.cfg.Fleet
-	return &peerpb.Frame{Body: &peerpb.Frame_Hello{Hello: hello}}
+	f, _ := n.liar.tell("", &peerpb.Frame{Body: &peerpb.Frame_Hello{Hello: hello}})
+	return f
 }
 
 // greetAgain queues a hello on a stream that is up, never one older than the last.

@@ -107,6 +107,7 @@ type Net struct {
 	tls     *tls.Config
 	door    door
 	refused hush // log of strangers
+	liar    *liar
 
 	greetings atomic.Uint64 // calls of Greet
 
@@ -120,7 +121,8 @@ type Net struct {
 // New checks the configuration and makes the certificate.
 func New(cfg Config, handler Handler) (*Net, error) {
 	cfg.setDefaults()
-	n := &Net{cfg: cfg, handler: handler, links: map[protocol.HostID]*link{}, former: map[protocol.HostID]*link{}}
+	n := &Net{cfg: cfg, links: map[protocol.HostID]*link{}, former: map[protocol.HostID]*link{}}
+	n.liar, n.handler = newLiar(cfg.Log, handler)
 	if err := n.check(); err != nil {
 		return nil, fmt.Errorf("peers: %w", err)
 	}
@@ -324,8 +326,11 @@ func (n *Net) Send(to protocol.HostID, f *peerpb.Frame) error {
 	if c == nil {
 		return fmt.Errorf("host %q: %w", to, ErrDown)
 	}
-	if err := c.queue.put(f); err != nil {
-		return fmt.Errorf("host %q: %w", to, err)
+	f, times := n.liar.tell(to, f)
+	for range times {
+		if err := c.queue.put(f); err != nil {
+			return fmt.Errorf("host %q: %w", to, err)
+		}
 	}
 	return nil
 }
