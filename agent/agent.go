@@ -385,10 +385,12 @@ func (a *Agent) join(from protocol.HostID, k *key, b *protocol.Binding, open *pe
 	return &partyError{host: a.self, reason: reasonDiffers, text: fmt.Sprintf("it does not know operation %q", b.Operation)}
 }
 
-// offer sends a certificate that a peer asked for.
+// offer sends a certificate that a peer asked for, and says how the key stands here: what
+// it was told may have been lost.
 func (a *Agent) offer(to protocol.HostID, want *peerpb.CertificateRequest) {
 	if k := a.key(want.Key); k != nil && k.id.Incarnation == want.Incarnation {
 		a.offerKnown(k, to)
+		a.tell(to, k)
 	}
 }
 

@@ -300,6 +300,7 @@ type rogue struct {
 	sessions *sessions
 	key      *key
 	on       func(from protocol.HostID, f *peerpb.Frame) // told each frame; nil: nobody is
+	leave    func()                                      // ends its connections
 
 	mu     sync.Mutex
 	up     map[protocol.HostID]bool
@@ -375,12 +376,13 @@ func (l *lab) betray(name string) *rogue {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- r.net.Run(ctx) }()
-	l.t.Cleanup(func() {
+	r.leave = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			l.t.Error(err)
 		}
 	})
+	l.t.Cleanup(r.leave)
 	r.connected()
 	return r
 }
@@ -424,6 +426,13 @@ func (r *rogue) hears(what string, from protocol.HostID, match func(*peerpb.Fram
 		return false
 	})
 	return found
+}
+
+// forget forgets the frames so far.
+func (r *rogue) forget() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.frames = nil
 }
 
 // all returns the frames so far that match.
@@ -902,6 +911,28 @@ func TestForgedCertificates(t *testing.T) {
 	if limit := goroutines + u.hosts["alpha"].config.Limits.SessionsPerPeer + 64; most > limit {
 		t.Errorf("2000 certificates took %d goroutines, %d before", most, goroutines)
 	}
+}
+
+// TestLostStatuses loses what a host said when it voted and when it took up the epoch. Who
+// waits for it asks, and it says so again, also when it has nothing left to do itself.
+func TestLostStatuses(t *testing.T) {
+	l := newLab(t)
+	l.start("alpha", "gamma")
+	r := l.betray("beta")
+	asks := func(f *peerpb.Frame) bool { return f.GetWant() != nil }
+	m := r.keygen()
+	r.says(has(m), "alpha", "gamma") // but not that it votes
+	r.statement("alpha")
+	r.statement("gamma")
+	r.hears("the question for beta's vote", "gamma", asks)
+	r.says(both(has(m), r.vote(m.choice())), "alpha")
+	l.untilActive("alpha", "gamma")
+	act := l.key("alpha").active.Load()
+	r.forget()
+	r.hears("the question for beta's epoch", "alpha", asks)
+	r.forget()
+	r.send("alpha", &peerpb.Frame{Body: &peerpb.Frame_Want{Want: &peerpb.CertificateRequest{Key: "first", Incarnation: 1}}})
+	r.hears("what alpha has", "alpha", func(f *peerpb.Frame) bool { return bytes.Equal(f.GetKey().GetCertificate(), act.id[:]) })
 }
 
 // What a host says of a key is believed only as far as it is signed or of the

@@ -50,6 +50,7 @@ type key struct {
 	damage     error                        // why the active epoch's share cannot be read from its file; nil if it can
 	known      *known                       // the highest certificate that this host has; nil if none
 	wanted     time.Time                    // when certificates were asked for last
+	missing    []protocol.HostID            // hosts that the next step waits for
 	since      time.Time                    // when that epoch was taken up here
 	next       string                       // how it stands with the next epoch, for people; "" if none is wanted
 	settled    bool                         // next is ""
@@ -255,6 +256,31 @@ func (k *key) learn(n *known) {
 		clear(k.dealt) // the base is part of a session's id
 		k.tellNews()
 	}
+}
+
+// waitsFor notes for which hosts the next step waits.
+func (k *key) waitsFor(hosts []protocol.HostID) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.missing = hosts
+}
+
+// owing lists the other hosts that may have said something that was lost: those that the
+// next step waits for, and holders of the active epoch that did not say that they have it.
+func (k *key) owing(self protocol.HostID) (hosts []protocol.HostID) {
+	act := k.active.Load()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	hosts = slices.Clone(k.missing)
+	if act != nil {
+		for _, h := range act.output.holders {
+			if k.views[h].Certificate != act.id {
+				hosts = append(hosts, h)
+			}
+		}
+	}
+	slices.Sort(hosts)
+	return slices.DeleteFunc(slices.Compact(hosts), func(h protocol.HostID) bool { return h == self || k.views[h].Unreadable })
 }
 
 // tellNews wakes who waits for hosts to take up an epoch; k.mu is held.

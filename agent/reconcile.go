@@ -340,6 +340,7 @@ func (a *Agent) checkCertificate(k *key, v *vault.Vault, n *known) error {
 // unborn takes a step towards the key's birth.
 func (a *Agent) unborn(ctx context.Context, k *key, v *vault.Vault) (name, detail string) {
 	action := epoch.Next(a.unbornState(k, v))
+	k.waitsFor(action.Missing)
 	var err error
 	switch action.Step {
 	case epoch.Stuck:
@@ -401,9 +402,13 @@ func (a *Agent) want(k *key, hosts []protocol.HostID) {
 		k.wanted = time.Now()
 	}
 	k.mu.Unlock()
-	if soon {
-		return
+	if !soon {
+		a.ask(k, hosts)
 	}
+}
+
+// ask asks hosts for their certificate and what they have of a key.
+func (a *Agent) ask(k *key, hosts []protocol.HostID) {
 	for _, h := range hosts {
 		f := &peerpb.CertificateRequest{Key: k.id.Name, Incarnation: k.id.Incarnation}
 		_ = a.net.Send(h, &peerpb.Frame{Body: &peerpb.Frame_Want{Want: f}}) // asked again if it is lost

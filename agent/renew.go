@@ -174,6 +174,7 @@ func (a *Agent) renew(ctx context.Context, k *key, v *vault.Vault) string {
 	ahead := b.Ahead()
 	a.want(k, ahead)
 	action := epoch.Renew(b)
+	k.waitsFor(action.Missing)
 	var err error
 	switch action.Step {
 	case epoch.Settled:

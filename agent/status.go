@@ -19,8 +19,8 @@ func (a *Agent) announce(k *key) {
 	}
 }
 
-// announceUnsettled repeats what is not settled: a message that was lost with its
-// connection is never missed for long.
+// announceUnsettled repeats what is not settled, and asks who may have something to say: a
+// message that was lost is never missed for long.
 func (a *Agent) announceUnsettled() {
 	for _, k := range a.keys() {
 		k.mu.Lock()
@@ -35,6 +35,7 @@ func (a *Agent) announceUnsettled() {
 		if a.mine(k) && (k.active.Load() == nil || !settled) {
 			a.announce(k)
 		}
+		a.ask(k, k.owing(a.self))
 	}
 }
 
