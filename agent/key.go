@@ -50,6 +50,7 @@ type key struct {
 	damage     error                        // why the active epoch's share cannot be read from its file; nil if it can
 	known      *known                       // the highest certificate that this host has; nil if none
 	wanted     time.Time                    // when certificates were asked for last
+	reach      uint64                       // how much further than maxJump what others say reaches
 	missing    []protocol.HostID            // hosts that the next step waits for
 	since      time.Time                    // when that epoch was taken up here
 	next       string                       // how it stands with the next epoch, for people; "" if none is wanted
@@ -252,7 +253,7 @@ func (k *key) learn(n *known) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.known.number().Compare(n.number()) < 0 {
-		k.known, k.damage, k.asked, k.idle, k.staged, k.settled = n, nil, [32]byte{}, time.Time{}, time.Time{}, false
+		k.known, k.damage, k.asked, k.idle, k.staged, k.settled, k.reach = n, nil, [32]byte{}, time.Time{}, time.Time{}, false, 0
 		clear(k.dealt) // the base is part of a session's id
 		k.tellNews()
 	}

@@ -35,9 +35,14 @@ func (r *retry) fail(err error) {
 	r.after, r.last = time.Now().Add(r.policy.NextBackOff()), err.Error()
 }
 
-// maxJump bounds how far ahead of this host's own count a peer may set the
-// number of an epoch, so that nobody uses the numbers up.
+// maxJump bounds how far ahead of this host's own count a peer may set the number of a
+// birth, or have this host set that of a later epoch, so that nobody uses the numbers up.
 const maxJump = 1000
+
+// lastAttempt is the highest that a later epoch may have. Who leads may go that far at
+// once: a bound from what a host has itself would have hosts refuse all that follows
+// where only others staged a share.
+const lastAttempt = 1 << 62
 
 // stagingTime is what the other holders get to stage their shares, after this host has
 // staged its own, before it takes the attempt for lost and starts another.

@@ -102,11 +102,13 @@ func (n *known) dealers(k *key) (dealers []protocol.HostID) {
 // born is what [epoch.Renew] decides on.
 func (a *Agent) born(k *key, v *vault.Vault) *epoch.Born {
 	fits := a.fitting(k, v)
+	record, _ := v.Record(k.id)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	b := &epoch.Born{
 		Self: a.self, Base: k.known.base(), Holders: k.holders(), Entry: k.digest(), Roster: a.roster().Version,
 		Dealers: slices.DeleteFunc(k.known.dealers(k), func(h protocol.HostID) bool { return k.cheats[h] }),
+		Reach:   record.Highest().Attempt + maxJump + k.reach,
 		Views:   map[protocol.HostID]epoch.View{},
 	}
 	for h, view := range k.views {
@@ -236,6 +238,7 @@ func (a *Agent) leadReshare(ctx context.Context, k *key, action epoch.Action) {
 			k.retry = retry{after: time.Now().Add(stagingTime)}
 		case !errors.Is(err, errSuperseded):
 			k.retry.fail(err)
+			k.reach += maxJump // who refused may have said how far it is
 		}
 		time.AfterFunc(time.Until(k.retry.after), a.nudge)
 		k.mu.Unlock()
@@ -366,8 +369,8 @@ func (a *Agent) mayReshare(k *key, v *vault.Vault, r *resharing) error {
 		return refuse(reasonRefused, "it has epoch %s already", highest)
 	case n.Roster > a.roster().Version: // else the next roster's epochs could get no higher numbers
 		return refuse(reasonNotReady, "epoch %s is of a later roster than its version %d", n, a.roster().Version)
-	case n.Attempt > maxJump+highest.Attempt:
-		return refuse(reasonRefused, "the number of the epoch jumps too far ahead")
+	case n.Attempt > lastAttempt:
+		return refuse(reasonRefused, "the numbers of roster version %d are used up: a roster with a higher version begins anew", n.Roster)
 	case pause > 0:
 		return refuse(reasonBusy, "%d attempts at the next epoch came to nothing: it takes part in another in %s, or when its roster has another entry for the key", vain, pause.Round(time.Second))
 	case slices.Contains(r.holders, a.self) && record.Active == vault.Number{} && len(k.entry().PublicKey) == 0:

@@ -592,6 +592,47 @@ func (r *rogue) withdraws(leader protocol.HostID, open *peerpb.Open) {
 	r.says(has, r.others()...)
 }
 
+// TestFarNumber has a leader take a far number, and deal so that one host stages it and the
+// others do not. That holds nobody up for longer than it takes them to get there.
+func TestFarNumber(t *testing.T) {
+	l := born(t)
+	n := l.epochOf("beta")
+	ok(t, l.hosts["alpha"].stop())
+	base, share := l.share("alpha")
+	r := l.betray("alpha")
+	r.connected()
+	far := newResharing(r.key, base, []protocol.HostID{"alpha", "gamma"}, vault.Number{Roster: 1, Attempt: n.Attempt + maxJump*3/2})
+	box, err := r.leads(far, nil)
+	ok(t, err)
+	cfg := l.hosts["gamma"].agent.reshareConfig(l.key("gamma"), far, box.id)
+	cfg.Self = "alpha"
+	cfg.Sign = func(digest [32]byte) ([]byte, error) {
+		return l.hosts["alpha"].identity.Sign(rand.Reader, digest[:], crypto.SHA256)
+	}
+	g, err := r.key.scheme.reshare(cfg, share)
+	ok(t, err)
+	ok(t, drive(l.ctx, "alpha", g.session, box, func(to protocol.HostID, f *peerpb.Frame) error {
+		if to == "beta" && f.GetStep().GetRound() == 3 {
+			return nil
+		}
+		return r.net.Send(to, f)
+	}, nil))
+	l.until("gamma has staged it", func() bool {
+		record, _ := l.hosts["gamma"].agent.vault.Load().Record(l.key("gamma").id)
+		return record.Highest() == far.number
+	})
+	hangUp(box, r.net.Send, errors.New("enough"))
+	r.leave()
+	l.start("alpha") // which knows nothing of it
+	for _, by := range []string{"beta", "alpha", "gamma"} {
+		l.refresh(by)
+		n = l.untilEpoch(n, "alpha", "beta", "gamma")
+	}
+	if n.Attempt < far.number.Attempt {
+		t.Errorf("epoch %s: nobody was to stage %s again", n, far.number)
+	}
+}
+
 // TestFramedDealer has a leader use one session id twice, to get two dealings of an honest
 // dealer under it: that would prove that it cheats.
 func TestFramedDealer(t *testing.T) {

@@ -147,22 +147,25 @@ func (k *key) behind(n vault.Number) bool {
 	return act != nil && n != vault.Number{} && n.Compare(act.certificate.Subject.Number) < 0
 }
 
-// tooFar refuses numbers that [Agent.mayGenerate] would refuse to go beyond: they
-// would stop every generation here, in this host's name.
+// tooFar refuses numbers that nothing may go beyond: of an unborn key those that
+// [Agent.mayGenerate] refuses, as they would stop every generation here, in this host's name.
 func (k *key) tooFar(self protocol.HostID, version uint64, view epoch.View) error {
 	k.mu.Lock()
-	own, base := k.views[self].Staged, k.known.number()
+	own, born := k.views[self].Staged, k.known != nil || view.Active
 	k.mu.Unlock()
 	claimed := view.Staged
 	if view.Voted != nil {
 		claimed = append(slices.Clone(claimed), *view.Voted)
 	}
-	highest := base.Attempt
-	for _, s := range own {
-		highest = max(highest, s.Number.Attempt)
+	last := uint64(lastAttempt)
+	if !born {
+		last = maxJump - 1
+		for _, s := range own {
+			last = max(last, s.Number.Attempt+maxJump-1)
+		}
 	}
 	for _, st := range claimed {
-		if st.Number.Roster > version+maxJump || st.Number.Attempt >= highest+maxJump {
+		if st.Number.Roster > version+maxJump || st.Number.Attempt > last {
 			return fmt.Errorf("key %q: staged epoch %s jumps too far ahead", k.id.Name, st.Number)
 		}
 	}

@@ -33,6 +33,8 @@ type Born struct {
 	// Due: the next epoch is wanted, because the roster's entry is another than that of
 	// Base, the shares are old, or a person asked.
 	Due bool
+	// Reach is the highest attempt that what others say may make this host go beyond.
+	Reach uint64
 	// Views are what hosts say. Of what this host has staged, its own has only what is
 	// for Holders and their quorum.
 	Views map[protocol.HostID]View
@@ -174,11 +176,12 @@ func (b *Born) Able() (able []protocol.HostID) {
 
 // number is above all that any holder has staged or voted for. What one says of a later
 // roster than this host's is left out: if it is true, that host refuses the number, and
-// if not, the epochs of rosters to come would get no higher numbers than this one.
+// if not, the epochs of rosters to come would get no higher numbers than this one. So is
+// what is beyond this host's reach, else one lie would use the numbers up.
 func (b *Born) number() vault.Number {
 	n := vault.Number{Roster: b.Roster}
 	raise := func(o vault.Number) {
-		if o.Compare(n) > 0 && o.Roster <= b.Roster {
+		if o.Compare(n) > 0 && o.Roster <= b.Roster && o.Attempt <= b.Reach {
 			n = o
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"hash/maphash"
+	"math"
 	"slices"
 	"strings"
 	"testing"
@@ -424,7 +425,7 @@ func (w *world) renew(i int, m *member) (*epoch.Born, epoch.Action) {
 		return m.born, m.action
 	}
 	e := w.entryOf(m)
-	b := &epoch.Born{Self: name(i), Holders: e.holders, Entry: e.digest, Roster: e.version, Views: map[protocol.HostID]epoch.View{}}
+	b := &epoch.Born{Self: name(i), Holders: e.holders, Entry: e.digest, Roster: e.version, Reach: math.MaxUint64, Views: map[protocol.HostID]epoch.View{}}
 	if c := m.known; c != nil {
 		b.Base = epoch.Base{Number: c.deal.number, Certificate: c.name, Quorum: c.deal.entry.quorum, Holders: c.deal.entry.holders, Entry: c.entry.digest}
 		b.Dealers = c.deal.entry.holders
@@ -1235,12 +1236,14 @@ func TestRenewLead(t *testing.T) {
 	}{
 		{"nothing is staged", has(), has(), 1, epoch.Lead, vault.Number{Roster: 1, Attempt: 4}},
 		{"one has staged", has(), has(vault.Number{Roster: 1, Attempt: 8}), 1, epoch.Lead, vault.Number{Roster: 1, Attempt: 9}},
+		{"as far as it reaches", has(), has(vault.Number{Roster: 1, Attempt: 1003}), 1, epoch.Lead, vault.Number{Roster: 1, Attempt: 1004}},
+		{"too far, as one says", has(), has(vault.Number{Roster: 1, Attempt: 1004}), 1, epoch.Lead, vault.Number{Roster: 1, Attempt: 4}},
 		{"by a later roster, as one says", has(), has(vault.Number{Roster: 2, Attempt: 8}), 1, epoch.Lead, vault.Number{Roster: 1, Attempt: 4}},
 		{"by this roster", has(), has(vault.Number{Roster: 2, Attempt: 8}), 2, epoch.Lead, vault.Number{Roster: 2, Attempt: 9}},
 		{"the base is of a later roster", has(), has(), 0, epoch.Wait, vault.Number{}},
 		{"without a share", epoch.View{Heard: true}, has(), 1, epoch.Wait, vault.Number{}},
 	} {
-		got := epoch.Renew(&epoch.Born{Self: "a", Base: base, Holders: base.Holders, Dealers: base.Holders, Roster: test.version, Due: true,
+		got := epoch.Renew(&epoch.Born{Self: "a", Base: base, Holders: base.Holders, Dealers: base.Holders, Roster: test.version, Due: true, Reach: 1003,
 			Views: map[protocol.HostID]epoch.View{"a": test.a, "b": has(), "c": test.c}})
 		if got.Step != test.want || got.Number != test.number || got.Step == epoch.Wait && got.Why == "" {
 			t.Errorf("%s: got %+v, want step %v, number %s", test.name, got, test.want, test.number)
