@@ -601,6 +601,10 @@ func TestFarNumber(t *testing.T) {
 	base, share := l.share("alpha")
 	r := l.betray("alpha")
 	r.connected()
+	beyond := newResharing(r.key, base, []protocol.HostID{"alpha", "gamma"}, vault.Number{Roster: 1, Attempt: lastAttempt + 1})
+	if _, err := r.leads(beyond, nil); err == nil || !strings.Contains(err.Error(), "used up") {
+		t.Errorf("a number beyond the last: %v", err)
+	}
 	far := newResharing(r.key, base, []protocol.HostID{"alpha", "gamma"}, vault.Number{Roster: 1, Attempt: n.Attempt + maxJump*3/2})
 	box, err := r.leads(far, nil)
 	ok(t, err)
