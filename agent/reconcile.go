@@ -497,28 +497,31 @@ func (a *Agent) adopt(ctx context.Context, k *key, v *vault.Vault, c *epoch.Cert
 	}
 	if c.Subject.Parent != [32]byte{} {
 		k.learn(n)
-		return nil
 	}
-	return a.dropUnborn(ctx, k, v, c.Subject.Number)
+	return nil
 }
 
-// dropUnborn erases what earlier attempts at the key's birth left.
-func (a *Agent) dropUnborn(ctx context.Context, k *key, v *vault.Vault, born vault.Number) error {
-	var drop []vault.Drop
-	for _, r := range v.Keys() {
-		if r.Key.Name != k.id.Name || r.Key.Incarnation > k.id.Incarnation {
-			continue
-		}
+// unbornShares lists what attempts at the birth of a key left, once it is born: of this
+// incarnation, and of earlier ones.
+func unbornShares(k *key, v *vault.Vault, record vault.Record) (drops []vault.Drop) {
+	if record.Active == (vault.Number{}) {
+		return nil
+	}
+	unborn := func(r vault.Record) {
 		for _, s := range r.Staged {
-			if made, _ := v.Origin(r.Key, s.Number); made.Parent == [32]byte{} && (r.Key != k.id || s.Number != born) {
-				drop = append(drop, vault.Drop{Key: r.Key, Number: s.Number})
+			if made, _ := v.Origin(r.Key, s.Number); made.Parent == [32]byte{} && s.Number != r.Active {
+				drops = append(drops, vault.Drop{Key: r.Key, Number: s.Number})
 			}
 		}
 	}
-	if len(drop) == 0 {
-		return nil
+	for i := uint64(1); i < k.id.Incarnation; i++ {
+		earlier, _ := v.Record(vault.KeyID{Name: k.id.Name, Incarnation: i})
+		unborn(earlier)
 	}
-	return v.Drop(ctx, drop)
+	if made, ok := v.Origin(k.id, record.Active); ok && made.Parent == [32]byte{} { // else its birth is below, and so are they
+		unborn(record)
+	}
+	return drops
 }
 
 // vote makes this host's word durable and gives it.
@@ -617,8 +620,8 @@ func (a *Agent) see(k *key, v *vault.Vault, record vault.Record) {
 // erasuresAtOnce is how often shares are erased before that is rationed.
 const erasuresAtOnce = 100
 
-// erase drops what is below an epoch that a quorum has taken up: all keys' at once, as
-// each erasure takes a root.
+// erase drops what is below an epoch that a quorum has taken up, and what was never born:
+// all keys' at once, as each erasure takes a root.
 func (a *Agent) erase(ctx context.Context) {
 	v := a.vault.Load()
 	if v == nil {
@@ -637,6 +640,7 @@ func (a *Agent) erase(ctx context.Context) {
 				a.log.Error("erasing what this host held", "key", k.id.Name, "error", err)
 			}
 		}
+		drops = append(drops, unbornShares(k, v, record)...)
 		for _, n := range numbers {
 			drops = append(drops, vault.Drop{Key: k.id, Number: n})
 		}

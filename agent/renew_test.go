@@ -637,6 +637,30 @@ func TestFarNumber(t *testing.T) {
 	}
 }
 
+// TestUnbornSharesGo finds what attempts at a birth left, as a crash right after the birth
+// leaves it: of this incarnation and of an earlier one.
+func TestUnbornSharesGo(t *testing.T) {
+	l := newLab(t)
+	l.roster.Keys[0].Incarnation = 2
+	l.start("gamma", "beta", "alpha")
+	l.untilActive("alpha", "beta", "gamma")
+	v, k := l.hosts["alpha"].agent.vault.Load(), l.key("alpha")
+	active := l.epochOf("alpha")
+	earlier := vault.KeyID{Name: k.id.Name, Incarnation: 1}
+	for _, id := range []vault.KeyID{earlier, k.id} {
+		ok(t, v.Stage(t.Context(), vault.Held, id, vault.Number{Roster: 1, Attempt: 7}, vault.Output{1}, vault.Origin{}, nil, secret.Random(32)))
+	}
+	l.hosts["alpha"].agent.nudge()
+	l.until("alpha has one share", func() bool {
+		now, _ := v.Record(k.id)
+		before, _ := v.Record(earlier)
+		return len(now.Staged) == 1 && now.Staged[0].Number == active && len(before.Staged) == 0
+	})
+	if _, err := l.sign("alpha", []byte("with the one that stays")); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestFramedDealer has a leader use one session id twice, to get two dealings of an honest
 // dealer under it: that would prove that it cheats.
 func TestFramedDealer(t *testing.T) {
