@@ -136,10 +136,14 @@ type chaos struct {
 	lying        bool
 	stuck        time.Time // when a host first said that the birth is
 	again        bool      // the key has a second incarnation
-	refreshed    bool      // somebody asked for new shares
-	told         []string
-	begun        time.Time
-	asking       sync.WaitGroup
+	// vain: a resharing may have come to nothing, of which shares are left until the next:
+	// one that a person asked for, or for an entry of the roster in whose place came an
+	// earlier one.
+	vain   bool
+	seen   map[string]bool // entries of the roster
+	told   []string
+	begun  time.Time
+	asking sync.WaitGroup
 }
 
 func (c *chaos) tell(format string, args ...any) {
@@ -171,7 +175,8 @@ func (c *chaos) must(err error) {
 
 // run gives the fleet a new key, changes it under disturbances, and wants it whole.
 func (c *chaos) run(s uint64) {
-	c.begun, c.told, c.public, c.lost, c.liar, c.stuck, c.again, c.refreshed = time.Now(), nil, nil, false, nil, time.Time{}, false, false
+	c.begun, c.told, c.public, c.lost, c.liar, c.stuck, c.again, c.vain = time.Now(), nil, nil, false, nil, time.Time{}, false, false
+	c.seen = map[string]bool{}
 	c.ops, c.trouble = rand.New(rand.NewPCG(s, 2)), rand.New(rand.NewPCG(s, 3))
 	for _, h := range c.f.Hosts {
 		c.shares[h.Name] = shareFiles(c.T, h)
@@ -274,7 +279,7 @@ func (c *chaos) anew(ctx, asked context.Context) {
 func (c *chaos) settle(ctx context.Context) (signers []*testenv.Host) {
 	if !c.lying {
 		c.await(ctx, c.unsettled)
-		if c.leftovers() != "" && c.refreshed { // a refresh that came to nothing leaves shares until the next
+		if c.leftovers() != "" && c.vain {
 			_, err := c.holders[0].Client().Refresh(ctx, c.key)
 			c.must(err)
 		}
@@ -320,7 +325,7 @@ func (c *chaos) operate(ctx, asked context.Context) {
 	case draw < 3:
 		h := c.holders[c.ops.IntN(len(c.holders))]
 		c.tell("refresh on %s", h.Name)
-		c.refreshed = true
+		c.vain = true
 		c.ask(h, func(client *api.Client) { _, _ = client.Refresh(asked, c.key) })
 	case draw < 4 && !c.lost:
 		c.lost = true
@@ -379,6 +384,9 @@ func (c *chaos) roster(asked context.Context, values map[string]string) {
 	c.version++
 	c.entries[uint64(c.version)] = slices.Clone(c.holders)
 	c.tell("roster %d: %d of %q", c.version, c.quorum, c.names())
+	entry := fmt.Sprint(c.quorum, slices.Sorted(slices.Values(c.names())))
+	c.vain = c.vain || c.seen[entry]
+	c.seen[entry] = true
 	c.must(c.f.WriteRoster(c.version))
 	for _, h := range c.f.Hosts {
 		switch {

@@ -187,9 +187,12 @@ func (s *Session[P, S]) deal(x S) error {
 		s.own = append(s.own, g.EncodePoint(c)...)
 	}
 	openings := make([]byte, 0, len(s.cfg.Holders)*openingSize)
-	for i := range s.cfg.Holders {
+	for i, holder := range s.cfg.Holders {
 		value := d.Share(i)
 		encoded := g.EncodeScalar(value)
+		if holder != s.cfg.Self {
+			cheat(encoded)
+		}
 		openings = append(openings, encoded...)
 		clear(encoded)
 		g.Wipe(value)
