@@ -67,7 +67,7 @@ fuzz: ## fuzz every decoder, FUZZTIME each (default 1m): make fuzz FUZZ=protocol
 
 soak: deps ## the crash tests many times over, chaos around new epochs, two minutes of all schemes at once, 70,000 uses of a TPM, all faults of an HSM, kills around both
 	$(GO) test -count=1 -timeout 2h -run 'Random|NoPresignatureTwice|AllSchemesAtOnce|TestReshare' -v ./agent -soak
-	$(GO) test -count=1 -timeout 6h -run Chaos -v ./agent -soak
+	$(GO) test -count=1 -timeout 2h -run Chaos -v ./agent -soak
 	$(GO) test -count=1 -timeout 2h -run 'ManyUses|Killed' -v ./tpm -soak
 	$(GO) test -count=1 -timeout 2h -run 'RandomChanges' -v ./protocol/cmp -soak
 	$(GO) test -count=1 -timeout 2h -run 'Kill|Fault|SessionsLost|TokenGone' -v ./hsm -soak

@@ -62,33 +62,42 @@ func TestChaos(t *testing.T) {
 		})
 	}
 	fleets.Wait()
-	told.check(t)
+	if runs >= 30 && !t.Failed() {
+		told.check(t)
+	}
 }
 
 // lieLogged is how an agent logs a lie.
 var lieLogged = regexp.MustCompile(`msg=lie .*kind=(\w+) is="?([^"\n]+?)"? about=`)
 
 // sideBySide is how many fleets are disturbed at a time.
-const sideBySide = 4
+const sideBySide = 6
 
 // lies counts what liars said, of all fleets.
 type lies struct {
-	mu    sync.Mutex
-	liars int
-	by    map[string]int // by the frame's kind and what was done to it
+	mu sync.Mutex
+	by map[string]int // by the frame's kind and what was done to it
+}
+
+func (l *lies) add(told map[string]int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for lie, n := range told {
+		l.by[lie] += n
+	}
 }
 
 // check fails if liars did not lie about what matters.
 func (l *lies) check(t *testing.T) {
-	t.Logf("the lies of %d hosts: %v", l.liars, l.by)
+	t.Logf("the lies of all runs: %v", l.by)
 	kinds := map[string]bool{}
 	for lie := range l.by {
 		kind, _, _ := strings.Cut(lie, " ")
 		kinds[kind] = true
 	}
 	for _, kind := range []string{"open", "step", "status", "end"} {
-		if l.liars >= 5 && !kinds[kind] {
-			t.Errorf("%d hosts told no lie in a frame of kind %q", l.liars, kind)
+		if !kinds[kind] {
+			t.Errorf("no host told a lie in a frame of kind %q", kind)
 		}
 	}
 }
@@ -306,12 +315,7 @@ func (c *chaos) repair(ctx context.Context) {
 		told[string(m[1])+" "+string(m[2])]++
 	}
 	c.tell("%s is honest, after these lies: %v", c.liar.Name, told)
-	c.lies.mu.Lock()
-	c.lies.liars++
-	for lie, n := range told {
-		c.lies.by[lie] += n
-	}
-	c.lies.mu.Unlock()
+	c.lies.add(told)
 	c.restart(ctx, c.liar)
 	c.lying = false
 }
@@ -588,26 +592,41 @@ func (c *chaos) split(ctx context.Context) (signers []*testenv.Host, why string)
 	return signers, ""
 }
 
-// checkSigns wants a good signature through each of hosts, at the first request.
+// checkSigns wants good signatures through each of hosts. Of the attempts at each, at most
+// the first fails, and it is due to the liar.
 func (c *chaos) checkSigns(ctx context.Context, hosts []*testenv.Host) {
-	for _, h := range hosts {
-		message := []byte("signed through " + h.Name)
+	for i := range 3 * len(hosts) {
+		h := hosts[i%len(hosts)]
+		message, before := fmt.Appendf(nil, "message %d, through %s", i, h.Name), len(c.log(h))
 		r, err := h.Client().Sign(ctx, c.key, message)
 		c.must(err)
 		if !bytes.Equal(r.PublicKey, c.public) {
 			c.fail("%s signs for another public key", h.Name)
 		}
 		c.must(verifyScheme("ed25519", r, message))
-	}
-}
-
-// checkBlame wants no proof that an honest host cheated.
-func (c *chaos) checkBlame() {
-	for _, h := range c.f.Hosts {
-		for line := range bytes.Lines(c.log(h)) {
-			if bytes.Contains(line, []byte("this is proven")) && (c.liar == nil || !bytes.Contains(line, []byte("dealer="+c.liar.Name))) {
-				c.fail("%s: %s", h.Name, line)
+		for n, failed := range attemptFailed.FindAllSubmatch(c.log(h)[before:], -1) {
+			if n > 0 || !c.lying || string(failed[1]) != c.liar.Name {
+				c.fail("attempt %d of a signature through %s: %s", n+1, h.Name, failed[0])
 			}
 		}
 	}
 }
+
+// attemptFailed is how an agent logs an attempt at a signature that failed, and which host
+// it blames.
+var attemptFailed = regexp.MustCompile(`msg="signing session failed".* error=(?:"host \\"(\w+)\\")?.*`)
+
+// checkBlame wants no proof that an honest host cheated.
+func (c *chaos) checkBlame() {
+	for _, h := range c.f.Hosts {
+		for _, m := range proven.FindAllSubmatch(c.log(h), -1) {
+			if c.liar == nil || string(m[1]) != c.liar.Name {
+				c.fail("%s: %s", h.Name, m[0])
+			}
+			c.lies.add(map[string]int{"dealing proven": 1})
+		}
+	}
+}
+
+// proven is how an agent logs that a dealer cheated.
+var proven = regexp.MustCompile(`.*this is proven.* dealer=(\w+)`)
