@@ -602,11 +602,15 @@ func TestFarNumber(t *testing.T) {
 	r := l.betray("alpha")
 	r.connected()
 	beyond := newResharing(r.key, base, []protocol.HostID{"alpha", "gamma"}, vault.Number{Roster: 1, Attempt: lastAttempt + 1})
-	if _, err := r.leads(beyond, nil); err == nil || !strings.Contains(err.Error(), "used up") {
+	box, err := r.leads(beyond, nil)
+	if err == nil || !strings.Contains(err.Error(), "used up") {
 		t.Errorf("a number beyond the last: %v", err)
 	}
+	for _, h := range box.parties { // none is to join the next session before it
+		r.hears("a refusal", h, endOf(box.id))
+	}
 	far := newResharing(r.key, base, []protocol.HostID{"alpha", "gamma"}, vault.Number{Roster: 1, Attempt: n.Attempt + maxJump*3/2})
-	box, err := r.leads(far, nil)
+	box, err = r.leads(far, nil)
 	ok(t, err)
 	cfg := l.hosts["gamma"].agent.reshareConfig(l.key("gamma"), far, box.id)
 	cfg.Self = "alpha"
