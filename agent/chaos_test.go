@@ -48,8 +48,8 @@ func TestChaos(t *testing.T) {
 	for i := range min(runs, sideBySide) {
 		fleets.Go(func() {
 			for next.Load() < int64(runs) && !t.Failed() {
-				t.Run(fmt.Sprintf("fleet%d", i), func(t *testing.T) {
-					c := newChaos(t, told)
+				t.Run(fmt.Sprintf("fleet%d", i), func(fleet *testing.T) {
+					c := newChaos(fleet, told)
 					for range perFleet {
 						run := next.Add(1) - 1
 						if run >= int64(runs) || t.Failed() {
@@ -66,9 +66,6 @@ func TestChaos(t *testing.T) {
 		told.check(t)
 	}
 }
-
-// lieLogged is how an agent logs a lie.
-var lieLogged = regexp.MustCompile(`msg=lie .*kind=(\w+) is="?([^"\n]+?)"? about=`)
 
 // sideBySide is how many fleets are disturbed at a time.
 const sideBySide = 6
@@ -134,7 +131,11 @@ type chaos struct {
 	shares  map[string]int             // share files of earlier runs, by host
 	logged  map[string]int64           // bytes of the logs of earlier runs, by host
 
-	// Of the run:
+	oneRun
+}
+
+// oneRun is what a [chaos] knows of one run.
+type oneRun struct {
 	ops, trouble *rand.Rand // what the security team does, and what befalls the hosts
 	key          string
 	holders      []*testenv.Host
@@ -184,9 +185,10 @@ func (c *chaos) must(err error) {
 
 // run gives the fleet a new key, changes it under disturbances, and wants it whole.
 func (c *chaos) run(s uint64) {
-	c.begun, c.told, c.public, c.lost, c.liar, c.stuck, c.again, c.vain = time.Now(), nil, nil, false, nil, time.Time{}, false, false
-	c.seen = map[string]bool{}
-	c.ops, c.trouble = rand.New(rand.NewPCG(s, 2)), rand.New(rand.NewPCG(s, 3))
+	c.oneRun = oneRun{
+		ops: rand.New(rand.NewPCG(s, 2)), trouble: rand.New(rand.NewPCG(s, 3)),
+		begun: time.Now(), seen: map[string]bool{},
+	}
 	for _, h := range c.f.Hosts {
 		c.shares[h.Name] = shareFiles(c.T, h)
 		c.logged[h.Name] += int64(len(c.log(h)))
@@ -288,11 +290,11 @@ func (c *chaos) anew(ctx, asked context.Context) {
 func (c *chaos) settle(ctx context.Context) (signers []*testenv.Host) {
 	if !c.lying {
 		c.await(ctx, c.unsettled)
-		if c.leftovers() != "" && c.vain {
+		if c.vain && c.leftovers(ctx) != "" {
 			_, err := c.holders[0].Client().Refresh(ctx, c.key)
 			c.must(err)
 		}
-		c.await(ctx, func(ctx context.Context) string { return cmp.Or(c.unsettled(ctx), c.leftovers()) })
+		c.await(ctx, func(ctx context.Context) string { return cmp.Or(c.unsettled(ctx), c.leftovers(ctx)) })
 		c.tell("settled")
 		return c.holders
 	}
@@ -307,6 +309,9 @@ func (c *chaos) restart(ctx context.Context, h *testenv.Host, env ...string) {
 	h.Env = env
 	c.must(h.Start(ctx))
 }
+
+// lieLogged is how an agent logs a lie.
+var lieLogged = regexp.MustCompile(`msg=lie .*kind=(\w+) is="?([^"\n]+?)"? about=`)
 
 // repair has the liar be honest again.
 func (c *chaos) repair(ctx context.Context) {
@@ -501,19 +506,17 @@ func (c *chaos) loaded(ctx context.Context) string {
 }
 
 // unsettled says what is not as it is to be at the end: one epoch, ready on the holders.
+// It leaves what is to be erased to leftovers.
 func (c *chaos) unsettled(ctx context.Context) string {
 	if why := c.loaded(ctx); why != "" {
 		return why
 	}
 	var one *apipb.Key
 	for _, h := range c.f.Hosts {
-		k, err := h.Client().GetKey(ctx, c.key)
 		if !slices.Contains(c.holders, h) {
-			if err == nil || reason(err) != "UNKNOWN_KEY" {
-				return fmt.Sprintf("%s has not left: %s: %s (%v)", h.Name, k.GetCondition(), k.GetDetail(), err)
-			}
 			continue
 		}
+		k, err := h.Client().GetKey(ctx, c.key)
 		if err != nil || k.Condition != "ready" || k.Next != "" || len(k.Live) != len(c.holders) {
 			return fmt.Sprintf("%s is %s: %s; live %q; next: %s (%v)", h.Name, k.GetCondition(), k.GetDetail(), k.GetLive(), k.GetNext(), err)
 		}
@@ -530,12 +533,15 @@ func (c *chaos) unsettled(ctx context.Context) string {
 	return ""
 }
 
-// leftovers says which host has not one share, if it is a holder, and else none.
-func (c *chaos) leftovers() string {
+// leftovers says which host has not one share, if it is a holder, and else none and
+// nothing to do with the key.
+func (c *chaos) leftovers(ctx context.Context) string {
 	for _, h := range c.f.Hosts {
 		want := c.shares[h.Name]
 		if slices.Contains(c.holders, h) {
 			want++
+		} else if k, err := h.Client().GetKey(ctx, c.key); err == nil || reason(err) != "UNKNOWN_KEY" {
+			return fmt.Sprintf("%s has not left: %s: %s (%v)", h.Name, k.GetCondition(), k.GetDetail(), err)
 		}
 		if got := shareFiles(c.T, h); got != want && !(c.again && h == c.liar) { // which may keep the first incarnation's
 			return fmt.Sprintf("%s has %d share files, not %d", h.Name, got, want)

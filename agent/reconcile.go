@@ -165,6 +165,9 @@ func (a *Agent) without(k *key, v *vault.Vault, next string) (name, detail strin
 	case damage != nil:
 		return "lost", fmt.Sprintf("this host's share of epoch %s cannot be used: %v; "+deal+"; %s", n.number(), damage, k.id.Name, next)
 	case n != nil && !slices.Contains(n.output.holders, a.self) && !slices.Contains(k.holders(), a.self):
+		if highest := record.Highest(); highest.Compare(n.number()) > 0 && len(record.Staged) > 0 {
+			return "leaving", fmt.Sprintf("epoch %s is held by other hosts; this one has a share of epoch %s, which came to nothing as far as it knows, and erases it once a later one is in force: `conseal key refresh %s` at one of them", n.number(), highest, k.id.Name)
+		}
 		if len(record.Staged) > 0 {
 			return "leaving", fmt.Sprintf("epoch %s is held by other hosts; this one erases its share once a quorum of them says that it has the epoch", n.number())
 		}

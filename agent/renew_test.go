@@ -665,6 +665,24 @@ func TestUnbornSharesGo(t *testing.T) {
 	}
 }
 
+// TestLeavingWithAShareOfNothing has a host leave that holds a share of an epoch above: it
+// keeps it until a later one is in force, and says so.
+func TestLeavingWithAShareOfNothing(t *testing.T) {
+	l := born(t)
+	v, k := l.hosts["gamma"].agent.vault.Load(), l.key("gamma")
+	ok(t, v.Stage(t.Context(), vault.Held, k.id, vault.Number{Roster: 2, Attempt: 9}, vault.Output{1}, vault.Origin{Parent: [32]byte{1}}, nil, secret.Random(32)))
+	n := l.epochOf("beta")
+	l.write(2, "alpha", "beta")
+	l.deliver("alpha", "beta", "gamma")
+	n = l.untilEpoch(n, "beta", "alpha")
+	l.untilSays("gamma", "leaving", "epoch 2.9", "came to nothing", "key refresh first")
+	l.write(2, "alpha", "beta") // the same, but its epochs have higher numbers
+	l.deliver("alpha", "beta", "gamma")
+	l.refresh("beta")
+	l.untilEpoch(n, "beta", "alpha")
+	l.until("gamma has erased its shares", func() bool { record, _ := v.Record(k.id); return len(record.Staged) == 0 })
+}
+
 // TestFramedDealer has a leader use one session id twice, to get two dealings of an honest
 // dealer under it: that would prove that it cheats.
 func TestFramedDealer(t *testing.T) {
