@@ -19,7 +19,6 @@ import (
 
 	"golang.org/x/time/rate"
 
-	"conseal/agent/epoch"
 	"conseal/agent/peer"
 	"conseal/agent/peer/peerpb"
 	"conseal/agent/vault"
@@ -383,46 +382,4 @@ func (a *Agent) join(from protocol.HostID, k *key, b *protocol.Binding, open *pe
 		return a.joinKeygen(a.ctx, from, k, b, open.Staged, box)
 	}
 	return &partyError{host: a.self, reason: reasonDiffers, text: fmt.Sprintf("it does not know operation %q", b.Operation)}
-}
-
-// offer sends a certificate that a peer asked for, and says how the key stands here: what
-// it was told may have been lost.
-func (a *Agent) offer(to protocol.HostID, want *peerpb.CertificateRequest) {
-	if k := a.key(want.Key); k != nil && k.id.Incarnation == want.Incarnation {
-		a.offerKnown(k, to)
-		a.tell(to, k)
-	}
-}
-
-// offerKnown sends the highest certificate of a key. It is no secret among the hosts.
-func (a *Agent) offerKnown(k *key, to protocol.HostID) {
-	k.mu.Lock()
-	n := k.known
-	k.mu.Unlock()
-	if n == nil {
-		return
-	}
-	if encoded, err := n.certificate.Encode(); err == nil {
-		_ = a.net.Send(to, &peerpb.Frame{Body: &peerpb.Frame_Certificate{Certificate: &peerpb.CertificateOffer{Certificate: encoded}}})
-	}
-}
-
-// offered takes up a certificate that a peer sent.
-func (a *Agent) offered(from protocol.HostID, offer *peerpb.CertificateOffer) error {
-	c, err := epoch.Decode(offer.Certificate)
-	if err != nil {
-		return err
-	}
-	k, v := a.key(c.Subject.Key.Name), a.vault.Load()
-	if k == nil || v == nil || !a.sessions.admit(from) {
-		return nil
-	}
-	a.tasks.Go(func() {
-		defer a.sessions.release(from)
-		if err := a.adopt(a.ctx, k, v, c); err != nil {
-			a.complain("certificate not taken up", "peer", from, "key", k.id.Name, "error", err)
-		}
-		a.nudge()
-	})
-	return nil
 }

@@ -357,33 +357,6 @@ func (a *Agent) watchGeneration(k *key, n vault.Number, box *inbox) {
 	box.watch("computing")
 }
 
-// leftovers is how many shares of resharings that came to nothing a host keeps before it
-// erases them: each erasure takes a root.
-const leftovers = 16
-
-// makeRoom erases what resharings before n left that came to nothing: shares above all
-// that this host voted for, so that none of them can have a certificate. Without it a
-// host that fails again and again would fill the others' vaults, for good. Births keep
-// all, by [epoch.Next].
-func (a *Agent) makeRoom(ctx context.Context, k *key, v *vault.Vault, n vault.Number) error {
-	record, _ := v.Record(k.id)
-	voted := record.Active
-	if record.Voted != nil && record.Voted.Number.Compare(voted) > 0 {
-		voted = record.Voted.Number
-	}
-	var drops []vault.Drop
-	for _, s := range record.Staged {
-		made, _ := v.Origin(k.id, s.Number)
-		if made.Parent != [32]byte{} && s.Number.Compare(voted) > 0 && s.Number.Compare(n) < 0 {
-			drops = append(drops, vault.Drop{Key: k.id, Number: s.Number})
-		}
-	}
-	if len(drops) < leftovers {
-		return nil
-	}
-	return v.Drop(ctx, drops)
-}
-
 // stage puts a new share into the vault and says so.
 func (a *Agent) stage(ctx context.Context, k *key, v *vault.Vault, n vault.Number, made vault.Origin, public []byte, share *secret.Bytes) error {
 	output := epoch.OutputDigest(k.entry().Scheme, public)

@@ -1,9 +1,7 @@
 package agent
 
 import (
-	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"slices"
@@ -11,7 +9,6 @@ import (
 	"time"
 
 	"conseal/agent/epoch"
-	"conseal/agent/peer/peerpb"
 	"conseal/agent/vault"
 	"conseal/protocol"
 )
@@ -20,8 +17,7 @@ import (
 // at again, and said again to its hosts, when nothing happens.
 const reconcileEvery = 2 * time.Second
 
-// reconcile makes what the roster says. It is the only goroutine that votes,
-// activates and drops.
+// reconcile makes what the roster says. It is the only goroutine that votes.
 func (a *Agent) reconcile(ctx context.Context) {
 	tick := time.NewTicker(reconcileEvery)
 	defer tick.Stop()
@@ -288,58 +284,6 @@ func (a *Agent) takeUp(ctx context.Context, k *key, v *vault.Vault, n *known) (n
 	return "", ""
 }
 
-func (a *Agent) readCertificate(k *key, v *vault.Vault) (*epoch.Certificate, error) {
-	encoded, err := v.Certificate(k.id)
-	if err != nil {
-		return nil, err
-	}
-	return epoch.Decode(encoded)
-}
-
-// checkKnown refuses a certificate that is for another public key than the roster pins,
-// or than the key has.
-func (a *Agent) checkKnown(k *key, n *known) error {
-	if pinned := k.entry().PublicKey; len(pinned) > 0 && !bytes.Equal(pinned, n.output.pin) {
-		return fmt.Errorf("the roster pins public key %s, the certificate is for %x", pinned, n.output.pin)
-	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.known != nil && !bytes.Equal(k.known.output.spki, n.output.spki) {
-		return errors.New("the certificate is for another public key than the epoch before it")
-	}
-	return nil
-}
-
-// checkCertificate refuses a certificate that a host showed, unless it is about this key
-// as the roster declares it, or about a share that this host holds and has voted for by
-// an earlier roster. That it has voted for another since changes nothing: the others may
-// have erased what was before.
-func (a *Agent) checkCertificate(k *key, v *vault.Vault, n *known) error {
-	if err := a.checkKnown(k, n); err != nil {
-		return err
-	}
-	s := &n.certificate.Subject
-	pins := k.pins(n.output.holders)
-	record, _ := v.Record(k.id)
-	switch mine := slices.Contains(record.Staged, vault.Staged{Number: s.Number, Output: s.Output}); {
-	case s.Entry != k.digest() && !mine:
-		return errors.New("certificate is for other hosts, identities or another quorum than the roster declares for this key: give this host the roster that the others have")
-	case s.Entry != k.digest(): // the statements of hosts that the roster has no more cannot be checked
-		for _, st := range n.certificate.Statements {
-			if sha256.Sum256(st.PublicKey) != pins[st.Holder] {
-				delete(pins, st.Holder)
-			}
-		}
-		if _, signed := pins[a.self]; !signed {
-			return errors.New("certificate without a statement of this host")
-		}
-		return n.certificate.VerifySome(pins)
-	case n.output.quorum != k.entry().Quorum || !slices.Equal(n.output.holders, k.holders()):
-		return fmt.Errorf("key %q: its certificate is for quorum %d of %q, the roster says %d of %q", k.id.Name, n.output.quorum, n.output.holders, k.entry().Quorum, k.holders())
-	}
-	return n.certificate.Verify(pins)
-}
-
 // unborn takes a step towards the key's birth.
 func (a *Agent) unborn(ctx context.Context, k *key, v *vault.Vault) (name, detail string) {
 	action := epoch.Next(a.unbornState(k, v))
@@ -396,28 +340,6 @@ func (a *Agent) unbornState(k *key, v *vault.Vault) *epoch.Unborn {
 	return u
 }
 
-// want asks hosts for the certificate that they say they have: all of them, as one may
-// lie and another may not.
-func (a *Agent) want(k *key, hosts []protocol.HostID) {
-	k.mu.Lock()
-	soon := time.Since(k.wanted) < reconcileEvery/4
-	if len(hosts) > 0 && !soon {
-		k.wanted = time.Now()
-	}
-	k.mu.Unlock()
-	if !soon {
-		a.ask(k, hosts)
-	}
-}
-
-// ask asks hosts for their certificate and what they have of a key.
-func (a *Agent) ask(k *key, hosts []protocol.HostID) {
-	for _, h := range hosts {
-		f := &peerpb.CertificateRequest{Key: k.id.Name, Incarnation: k.id.Incarnation}
-		_ = a.net.Send(h, &peerpb.Frame{Body: &peerpb.Frame_Want{Want: f}}) // asked again if it is lost
-	}
-}
-
 // changedUnborn is what to do about a key whose entry changed before it was born, as far
 // as this host knows. If it voted, the others may have the certificate.
 func (a *Agent) changedUnborn(k *key, record vault.Record) (name, detail string) {
@@ -465,66 +387,6 @@ func (a *Agent) bornElsewhere(ctx context.Context, k *key, v *vault.Vault) (name
 		return "waiting", fmt.Sprintf("host %s says that the key exists; fetching its certificate", hosts)
 	}
 	return a.exists(ctx, k, v)
-}
-
-// adopt takes a certificate that a peer sent or that was put together here.
-func (a *Agent) adopt(ctx context.Context, k *key, v *vault.Vault, c *epoch.Certificate) error {
-	n, err := a.know(k, c)
-	if err != nil {
-		return err
-	}
-	record, _ := v.Record(k.id)
-	k.mu.Lock()
-	unread := k.known == nil // the certificate of the active epoch may be damaged
-	k.mu.Unlock()
-	if older := record.Active.Compare(n.number()); older > 0 || older == 0 && !unread {
-		return nil
-	}
-	if err := a.checkCertificate(k, v, n); err != nil {
-		return err
-	}
-	if !record.Holds(n.number()) { // of an epoch that this host is no holder of, or lost its share of
-		k.learn(n)
-		k.supersede(n.number(), a.config.Limits.SignDeadline)
-		if slices.Contains(n.output.holders, a.self) {
-			return fmt.Errorf("epoch %s of key %q: this host is a holder, and %w", n.number(), k.id.Name, vault.ErrNoShare)
-		}
-		return nil
-	}
-	encoded, err := c.Encode()
-	if err != nil {
-		return err
-	}
-	if err := v.Activate(ctx, k.id, c.Subject.Number, encoded); err != nil {
-		return fmt.Errorf("activating epoch %s of key %q: %w", c.Subject.Number, k.id.Name, err)
-	}
-	if c.Subject.Parent != [32]byte{} {
-		k.learn(n)
-	}
-	return nil
-}
-
-// unbornShares lists what attempts at the birth of a key left, once it is born: of this
-// incarnation, and of earlier ones.
-func unbornShares(k *key, v *vault.Vault, record vault.Record) (drops []vault.Drop) {
-	if record.Active == (vault.Number{}) {
-		return nil
-	}
-	unborn := func(r vault.Record) {
-		for _, s := range r.Staged {
-			if made, _ := v.Origin(r.Key, s.Number); made.Parent == [32]byte{} && s.Number != r.Active {
-				drops = append(drops, vault.Drop{Key: r.Key, Number: s.Number})
-			}
-		}
-	}
-	for i := uint64(1); i < k.id.Incarnation; i++ {
-		earlier, _ := v.Record(vault.KeyID{Name: k.id.Name, Incarnation: i})
-		unborn(earlier)
-	}
-	if made, ok := v.Origin(k.id, record.Active); ok && made.Parent == [32]byte{} { // else its birth is below, and so are they
-		unborn(record)
-	}
-	return drops
 }
 
 // vote makes this host's word durable and gives it.
@@ -618,76 +480,4 @@ func (a *Agent) see(k *key, v *vault.Vault, record vault.Record) {
 	k.mu.Lock()
 	k.statements[a.self] = have
 	k.mu.Unlock()
-}
-
-// erasuresAtOnce is how often shares are erased before that is rationed.
-const erasuresAtOnce = 100
-
-// erase drops what is below an epoch that a quorum has taken up, and what was never born:
-// all keys' at once, as each erasure takes a root.
-func (a *Agent) erase(ctx context.Context) {
-	v := a.vault.Load()
-	if v == nil {
-		return
-	}
-	var drops []vault.Drop
-	for _, k := range a.keys() {
-		if !a.mine(k) {
-			continue
-		}
-		record, _ := v.Record(k.id)
-		b := a.born(k, v)
-		numbers, leaves := b.Erasable(&record)
-		if leaves {
-			if err := a.retire(ctx, k, v, b.Base.Certificate); err != nil {
-				a.log.Error("erasing what this host held", "key", k.id.Name, "error", err)
-			}
-		}
-		drops = append(drops, unbornShares(k, v, record)...)
-		for _, n := range numbers {
-			drops = append(drops, vault.Drop{Key: k.id, Number: n})
-		}
-	}
-	if len(drops) == 0 || a.erasures.Tokens() < 1 && !crowded(drops) {
-		return
-	}
-	if err := v.Drop(ctx, drops); err != nil {
-		a.log.Error("erasing old shares", "error", err)
-		return
-	}
-	a.erasures.Allow() // what failed took no root
-	for _, d := range drops {
-		a.log.Info("share erased", "key", d.Key.Name, "epoch", d.Number.String())
-	}
-}
-
-// crowded tells whether old shares of one key are so many that they must go.
-func crowded(drops []vault.Drop) bool {
-	of := map[vault.KeyID]int{}
-	for _, d := range drops {
-		if of[d.Key]++; of[d.Key] >= leftovers {
-			return true
-		}
-	}
-	return false
-}
-
-// retire erases what this host held of a key that others hold now, by that certificate.
-func (a *Agent) retire(ctx context.Context, k *key, v *vault.Vault, confirmed [32]byte) error {
-	k.mu.Lock()
-	n := k.known
-	k.mu.Unlock()
-	if n.id != confirmed {
-		return nil // a later one came meanwhile, of which this host may be a holder
-	}
-	encoded, err := n.certificate.Encode()
-	if err != nil {
-		return err
-	}
-	if err := v.Retire(ctx, k.id, n.number(), encoded); err != nil {
-		return err
-	}
-	a.log.Info("the host holds this key no more, and has erased its shares", "key", k.id.Name, "epoch", n.number().String())
-	a.nudge()
-	return nil
 }
