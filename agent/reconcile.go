@@ -98,7 +98,7 @@ func (a *Agent) step(ctx context.Context, k *key) (name, detail string) {
 		return name, detail
 	}
 	if older, ok := bornBefore(v, k.id); ok {
-		return "refused", fmt.Sprintf("the roster declares incarnation %d, but incarnation %d of this name was born and its share is here; a key that exists is not made anew: set `incarnation = %d` again",
+		return "refused", fmt.Sprintf("the roster declares incarnation %d, but incarnation %d of this name was born and its share is here; a key that exists is not made anew: set `incarnation = %d` again, and start the agents anew with that roster",
 			k.id.Incarnation, older, older)
 	}
 	record, _ := v.Record(k.id)
