@@ -152,11 +152,16 @@ func cheat[S protocol.Session](t *testing.T, sessions map[protocol.HostID]S, nam
 	t.Helper()
 	hosts := []protocol.HostID{"a", "b"}
 	done := make([]bool, len(attacks))
+	var held []protocol.Message // until all are there, so that no host ends before it has sent its own
 	net := protocoltest.Network[S]{Sessions: sessions, Alter: func(m protocol.Message) []protocol.Message {
 		for i, x := range attacks {
 			if m.To == hosts[i] && m.From == hosts[1-i] && (kind{m.Round, m.Body[0]}) == x.at {
 				done[i] = true
 				m.Body = x.change(m.Body)
+				if held = append(held, m); slices.Contains(done, false) {
+					return nil
+				}
+				return held
 			}
 		}
 		return []protocol.Message{m}
@@ -272,7 +277,7 @@ func TestCheatsAreSeen(t *testing.T) {
 	two := twoKeys()
 	cheat(t, refreshing(t, two).Sessions, true, attack{"another commitment", kind{4, 'b'}, field("Commitment", bit(9))})
 	cheat(t, refreshing(t, two).Sessions, true, attack{"another share", kind{6, 'd'}, field("Share", bit(99))},
-		attack{"a changed proof", kind{6, 'b'}, field("W", bit(99))}) // in one round, so that neither ends before it gets its own
+		attack{"a changed proof", kind{6, 'b'}, field("W", bit(99))})
 	cheat(t, refreshing(t, two).Sessions, true, attack{"a changed response", kind{7, 'b'}, field("Z", inBytes(bit(20)))})
 }
 
