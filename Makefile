@@ -16,8 +16,9 @@ export GORACE = atexit_sleep_ms=50
 # the helper process too. make soak has the detector on for both.
 SWEEPS   = ^Test(FaultAtEachCall|FaultThatStays|ATokenThatLies|SessionsLostAtEachCall|TokenGone|OddGCM|KillIn(Epochs|SetRoot|Provision)|Crash(InSetRoot|UponCrash)|Conformance(OfWhatIsLeft|ByName|NSS))$$
 # Tests of agents that compute ECDSA or run as processes for minutes: without the detector,
-# which sees nothing of other processes. make soak has it on.
-FLEETS   = ^Test(NoPresignatureTwice|AllSchemesAtOnce|RandomKills|Chaos|CrashAtEach|ManyHosts|Presigners|Stock|Refresh)
+# which sees nothing of other processes. make soak has it on. CRASHES mostly wait.
+FLEETS   = ^Test(NoPresignatureTwice|AllSchemesAtOnce|ManyHosts|Presigners|Stock|Refresh)
+CRASHES  = ^Test(RandomKills|Chaos|CrashAtEach)
 
 .PHONY: help deps build demo story test check bench fuzz soak clean generate
 
@@ -46,8 +47,8 @@ story: deps ## run one story and print each step as it happens: make story NAME=
 test: deps check ## all tests
 	$(GO) test $(RACE) -count=1 -timeout 20m -skip '$(SWEEPS)' $$($(GO) list ./... | grep -v -e /agent$$ -e /hsm/helper$$ -e /protocol/cmp$$)
 	$(GO) test -count=1 -timeout 20m -p 1 ./hsm/helper ./protocol/cmp & others=$$!; \
-	$(GO) test -count=1 -timeout 20m -run '$(SWEEPS)' ./hsm; sweeps=$$?; wait $$others && exit $$sweeps
-	$(GO) test $(RACE) -count=1 -timeout 20m -skip '$(FLEETS)' ./agent # by itself: its hosts presign at low priority
+	$(GO) test -count=1 -timeout 20m -run '$(SWEEPS)' ./hsm && $(GO) test -count=1 -timeout 20m -run '$(CRASHES)' ./agent; rest=$$?; wait $$others && exit $$rest
+	$(GO) test $(RACE) -count=1 -timeout 20m -skip '$(FLEETS)|$(CRASHES)' ./agent # by itself: its hosts presign at low priority
 	$(GO) test -count=1 -timeout 30m -run '$(FLEETS)' ./agent
 	CGO_ENABLED=0 $(GO) build -o /dev/null ./cmd/conseald
 	CGO_ENABLED=0 $(GO) build -o /dev/null ./cmd/conseal
