@@ -63,7 +63,7 @@ type Key struct {
 	// Purpose is for people: what it signs. At most 256 bytes, never empty.
 	Purpose string `toml:"purpose"`
 	// Incarnation tells keys of one name apart; a birth that is stuck is given
-	// up by raising it. Default: 1.
+	// up by raising it. 1 to 1000. Default: 1.
 	Incarnation uint64 `toml:"incarnation"`
 	// Generate lets the hosts make the key, once. Without it they make none.
 	Generate bool `toml:"generate,omitempty"`

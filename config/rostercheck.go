@@ -98,8 +98,8 @@ func (c *keyChecker) check(at string, k *Key) {
 	} else if len(k.Purpose) > 256 {
 		c.add(at+"purpose", "longer than 256 bytes")
 	}
-	if k.Incarnation < 1 {
-		c.add(at+"incarnation", "0: wants 1 or more")
+	if k.Incarnation < 1 || k.Incarnation > 1000 {
+		c.add(at+"incarnation", "%d: wants 1 to 1000", k.Incarnation)
 	}
 	c.checkBirth(at, k)
 	if k.Refresh != 0 {
