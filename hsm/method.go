@@ -278,7 +278,9 @@ func prf() inner {
 
 // oaep is RSA-OAEP (RFC 8017 section 7.1) without a label, which tokens fail on. The
 // encryption needs no token. Its modulus is read from the private key: anybody might
-// have put another public key object next to it, without the PIN.
+// have put another public key object next to it, without the PIN. What cannot be a
+// ciphertext under the modulus (section 5.1.2) is kept from the token: NSS calls it
+// CKR_ARGUMENTS_BAD, as it would our own mistakes.
 func oaep(name string, newHash func() hash.Hash, hashMechanism, mgf uint) method {
 	i := inner{
 		fresh: func(s *session, key pkcs11.ObjectHandle, _ []byte) (k, part []byte, err error) {
@@ -291,6 +293,13 @@ func oaep(name string, newHash func() hash.Hash, hashMechanism, mgf uint) method
 			return k, part, err
 		},
 		again: func(s *session, key pkcs11.ObjectHandle, _, part []byte) ([]byte, error) {
+			public, err := s.rsaPublic(key)
+			if err != nil {
+				return nil, err
+			}
+			if len(part) != public.Size() || new(big.Int).SetBytes(part).Cmp(public.N) >= 0 {
+				return nil, ErrNotAuthentic
+			}
 			return s.decrypt(pkcs11.CKM_RSA_PKCS_OAEP, pkcs11.NewOAEPParams(hashMechanism, mgf, pkcs11.CKZ_DATA_SPECIFIED, nil), key, part)
 		},
 	}

@@ -134,7 +134,10 @@ func (s *session) tryTampered(key pkcs11.ObjectHandle, bind, body []byte) error 
 			return err
 		}
 	}
-	return errors.Join(refused("one byte less", bind, body[:len(body)-1]), refused("another context", []byte("another"), body))
+	large := bytes.Clone(body) // above an RSA modulus
+	copy(large, bytes.Repeat([]byte{0xFF}, ivSize))
+	return errors.Join(refused("a body that begins with ones", bind, large),
+		refused("one byte less", bind, body[:len(body)-1]), refused("another context", []byte("another"), body))
 }
 
 func (t *MethodTrial) time(s *session, key pkcs11.ObjectHandle, bind, plain []byte) error {
