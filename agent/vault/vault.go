@@ -634,13 +634,9 @@ func (v *Vault) Reseal(ctx context.Context, want map[KeyID]Class) error {
 
 // Rests tells as which class a share rests, by its file.
 func (v *Vault) Rests(id KeyID, n Number) (Class, error) {
-	s := v.find(id, n)
-	if s == nil {
-		return 0, fmt.Errorf("the share of key %q, epoch %s: %w", id.Name, n, ErrNoShare)
-	}
-	f, err := v.readShareFile(id, s)
+	f, err := v.shareFile(id, n)
 	if err != nil {
-		return 0, fmt.Errorf("the share of key %q, epoch %s: %w", id.Name, n, v.orErased(err, id, s))
+		return 0, fmt.Errorf("the share of key %q, epoch %s: %w", id.Name, n, err)
 	}
 	return f.class, nil
 }
@@ -681,7 +677,7 @@ func (v *Vault) Lend(ctx context.Context, id KeyID, n Number, fn func(share []by
 	if err == nil || lent {
 		return err
 	}
-	if now := v.find(id, n); now != nil && now.file != s.file { // resealed meanwhile
+	if !v.holds(id, s) { // erased or resealed meanwhile, and what is left of it looks damaged or is wiped
 		return v.Lend(ctx, id, n, fn)
 	}
 	return fmt.Errorf("opening the share of key %q, epoch %s: %w", id.Name, n, err)
@@ -718,7 +714,7 @@ func (v *Vault) openShare(ctx context.Context, id KeyID, s *share) (*secret.Byte
 		plain, err = v.decrypt(ctx, id, s, f)
 	}
 	if err != nil {
-		return nil, 0, v.orErased(err, id, s)
+		return nil, 0, err
 	}
 	v.opened.Lock()
 	defer v.opened.Unlock()
@@ -745,13 +741,17 @@ func (v *Vault) holds(id KeyID, s *share) bool {
 	return now != nil && now.file == s.file
 }
 
-// orErased replaces the error of reading a share by [ErrNoShare] if the share was
-// erased meanwhile: half erased, it looks damaged.
-func (v *Vault) orErased(err error, id KeyID, s *share) error {
-	if !v.holds(id, s) {
-		return ErrNoShare
+// shareFile reads the file of a share, and again if the share was resealed meanwhile.
+func (v *Vault) shareFile(id KeyID, n Number) (*shareFile, error) {
+	s := v.find(id, n)
+	if s == nil {
+		return nil, ErrNoShare
 	}
-	return err
+	f, err := v.readShareFile(id, s)
+	if err != nil && !v.holds(id, s) {
+		return v.shareFile(id, n)
+	}
+	return f, err
 }
 
 // forget removes what is left in memory and on disk of shares that were erased.
@@ -770,13 +770,9 @@ func (v *Vault) forget(erased []share) {
 
 // Public returns the public output of a share that the vault holds.
 func (v *Vault) Public(id KeyID, n Number) ([]byte, error) {
-	s := v.find(id, n)
-	if s == nil {
-		return nil, fmt.Errorf("public output of key %q, epoch %s: %w", id.Name, n, ErrNoShare)
-	}
-	f, err := v.readShareFile(id, s)
+	f, err := v.shareFile(id, n)
 	if err != nil {
-		return nil, fmt.Errorf("public output of key %q, epoch %s: %w", id.Name, n, v.orErased(err, id, s))
+		return nil, fmt.Errorf("public output of key %q, epoch %s: %w", id.Name, n, err)
 	}
 	return f.public, nil
 }

@@ -575,6 +575,9 @@ func TestConcurrency(t *testing.T) {
 		if err := v.lends(payments, n12); err != nil && !closed && !errors.Is(err, vault.ErrNoShare) {
 			t.Errorf("a share that is dropped meanwhile: %v", err)
 		}
+		if _, err := v.Public(payments, n11); err != nil { // resealed meanwhile
+			t.Errorf("the active share's public output: %v", err)
+		}
 	}
 	for range 16 {
 		lenders.Go(func() {
