@@ -68,7 +68,7 @@ func dial(ctx context.Context, a address, timeout time.Duration) (*conn, error) 
 
 // Send carries one command of go-tpm to the TPM and its answer back. A TPM that
 // says that it did not start (TPM 2.0 part 2, section 6.6.3) is asked again until
-// the command's time is up. After an error the connection is not used again.
+// the command's time is up; what it says last counts. After an error the connection is not used again.
 func (x *tx) Send(cmd []byte) ([]byte, error) {
 	c := x.conn
 	if c.broken {
@@ -78,12 +78,9 @@ func (x *tx) Send(cmd []byte) ([]byte, error) {
 		c.broken = true // what this transaction holds can no longer be flushed here
 		return nil, err
 	}
-	deadline := time.Now().Add(c.timeout)
-	var late error // what ends the time, if it is not the command's own
-	if d, ok := x.ctx.Deadline(); ok && d.Before(deadline) {
-		deadline, late = d, context.DeadlineExceeded
-	}
+	until, _ := x.deadline()
 	for wait := time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
+		deadline, late := x.deadline() // of each try: one that starts must not be cut off at once
 		answer, err := c.exchange(cmd, deadline)
 		if err != nil {
 			c.broken = true
@@ -93,7 +90,7 @@ func (x *tx) Send(cmd []byte) ([]byte, error) {
 			return nil, &linkError{err}
 		}
 		x.answers = append(x.answers, answer)
-		if !notStarted(answer) || time.Now().Add(wait).After(deadline) {
+		if !notStarted(answer) || time.Now().Add(wait).After(until) {
 			return answer, nil
 		}
 		select {
@@ -103,6 +100,15 @@ func (x *tx) Send(cmd []byte) ([]byte, error) {
 			return nil, x.ctx.Err()
 		}
 	}
+}
+
+// deadline of what is sent now, and what its passing means if that is not the command's own.
+func (x *tx) deadline() (deadline time.Time, late error) {
+	deadline = time.Now().Add(x.conn.timeout)
+	if d, ok := x.ctx.Deadline(); ok && d.Before(deadline) {
+		return d, context.DeadlineExceeded
+	}
+	return deadline, nil
 }
 
 func notStarted(answer []byte) bool {

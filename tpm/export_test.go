@@ -3,6 +3,8 @@ package tpm
 import (
 	"context"
 	"encoding/pem"
+	"net"
+	"time"
 
 	"conseal/tpm/attest"
 )
@@ -32,4 +34,17 @@ func (t *TPM) OpenChallenge(ctx context.Context, c *attest.Challenge) (held []by
 		return err
 	})
 	return held, err
+}
+
+// SetTimeout is of the commands from now on. Nobody uses t meanwhile.
+func (t *TPM) SetTimeout(d time.Duration) {
+	t.cfg.Timeout = d
+	if t.conn != nil {
+		t.conn.timeout = d
+	}
+}
+
+// SendOver sends one command over a connection, as a transaction does.
+func SendOver(ctx context.Context, c net.Conn, timeout time.Duration, cmd []byte) (answer []byte, err error) {
+	return (&TPM{conn: &conn{s: c, timeout: timeout}}).newTx(ctx).Send(cmd)
 }

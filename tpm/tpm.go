@@ -51,7 +51,8 @@ type Config struct {
 	// "unix:PATH" or "tcp:HOST:PORT" for a TPM that nobody else uses meanwhile
 	// (that of a virtual machine, swtpm).
 	Device string
-	// Timeout bounds one command; zero is [DefaultTimeout].
+	// Timeout bounds one command, and for how long one is tried again that the TPM says it
+	// did not start; zero is [DefaultTimeout].
 	Timeout time.Duration
 	// PCRs (0 to 23, but 16 and 23, which any process may reset) of the SHA-256 bank
 	// that state the host's condition. At least one.
