@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 )
@@ -36,7 +38,7 @@ type Tap struct {
 	target    string     // socket of the TPM
 	record    io.Writer
 	intercept func(cmd []byte, next Exchange) ([]byte, error)
-	clients   map[net.Conn]struct{}
+	clients   map[net.Conn]chan struct{} // closed once its commands are done
 
 	line sync.Mutex // held for one command
 	tpm  *tpmConn   // nil until the next command dials
@@ -49,7 +51,7 @@ func (t *TPM) Tap(name string) (*Tap, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listening for clients of the TPM: %w", err)
 	}
-	p := &Tap{listener: l, done: make(chan struct{}), target: t.socket(), clients: map[net.Conn]struct{}{}}
+	p := &Tap{listener: l, done: make(chan struct{}), target: t.socket(), clients: map[net.Conn]chan struct{}{}}
 	p.serving.Go(p.accept)
 	return p, nil
 }
@@ -82,6 +84,17 @@ func (p *Tap) Cut() {
 	defer p.mu.Unlock()
 	for c := range p.clients {
 		c.Close()
+	}
+}
+
+// Drain waits until the clients have hung up and what they sent is done: the last command
+// of a process that was killed comes before those of the next.
+func (p *Tap) Drain() {
+	p.mu.Lock()
+	clients := slices.Collect(maps.Values(p.clients))
+	p.mu.Unlock()
+	for _, done := range clients {
+		<-done
 	}
 }
 
@@ -176,10 +189,12 @@ func (p *Tap) accept() {
 		if err != nil {
 			return // closed
 		}
+		done := make(chan struct{})
 		p.mu.Lock()
-		p.clients[c] = struct{}{}
+		p.clients[c] = done
 		p.mu.Unlock()
 		p.serving.Go(func() {
+			defer close(done)
 			p.serve(c)
 			p.mu.Lock()
 			delete(p.clients, c)

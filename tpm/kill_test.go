@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -58,7 +59,7 @@ func (v *victim) open(ctx context.Context) (*tpm.TPM, *vault.Vault, error) {
 		return nil, nil, err
 	}
 	d, err := tpm.Open(ctx, tpm.Config{
-		Device: v.Device, Timeout: 5 * time.Second, PCRs: []int{4}, SRKName: v.SRKName,
+		Device: v.Device, PCRs: []int{4}, SRKName: v.SRKName,
 		Authority: &tpm.Authority{
 			Host:      policy.Host{Name: "alpha", Key: team, Counter: counterIndex},
 			Installed: func() ([]*policy.Policy, error) { return []*policy.Policy{signed.(*policy.Policy)}, nil },
@@ -156,6 +157,7 @@ func (v *victim) run(t *testing.T, file string, things int, after time.Duration,
 	}
 	done := said{}
 	lines := bufio.NewScanner(out)
+	var killing sync.WaitGroup
 	for lines.Scan() {
 		var what string
 		var n uint64
@@ -163,10 +165,14 @@ func (v *victim) run(t *testing.T, file string, things int, after time.Duration,
 			done[what] = max(done[what], n)
 		}
 		if things--; things == 0 {
-			time.AfterFunc(after, func() { kill(cmd.Process) })
+			killing.Go(func() {
+				<-time.After(after)
+				kill(cmd.Process)
+			})
 		}
 	}
 	_ = cmd.Wait() // it was killed, or says why it ended
+	killing.Wait()
 	return done
 }
 
@@ -206,6 +212,7 @@ func TestKilled(t *testing.T) {
 	}
 	hits := map[string]int{} // what was said in how many rounds, and how many images were stale
 	var killed atomic.Int32  // writes of the root during which the TPM was killed
+	var cuts sync.WaitGroup  // kills of the TPM under way: a late one must not hit the next round
 	var before vault.Record
 	for round := range rounds {
 		image := filepath.Join(dir, fmt.Sprint("image", round))
@@ -218,14 +225,17 @@ func TestKilled(t *testing.T) {
 				h.tap.Intercept(func(cmd []byte, next testenv.Exchange) ([]byte, error) {
 					if code(cmd) == tpm2.TPMCCNVWrite {
 						killed.Add(1)
-						go h.device.Kill()
+						cuts.Go(h.device.Kill)
 					}
 					return next(cmd)
 				})
 			}
 		}
-		done := v.run(t, file, 1+dice.IntN(8), time.Duration(dice.IntN(30))*time.Millisecond, kill)
+		// By turns, so that enough happens in any run: after five things an epoch is dropped.
+		done := v.run(t, file, 1+round%8, time.Duration(dice.IntN(30))*time.Millisecond, kill)
 		h.tap.Intercept(nil)
+		h.tap.Drain()
+		cuts.Wait()
 		if how == "TPM" {
 			h.reboot(t)
 		}
