@@ -249,8 +249,12 @@ func TestHangingTPM(t *testing.T) {
 	root := setRoot(t, h.TPM)
 	resume := make(chan struct{})
 	hang := func(cmd []byte, next testenv.Exchange) ([]byte, error) {
-		<-resume
-		return next(cmd)
+		select {
+		case <-resume:
+			return next(cmd)
+		case <-h.tap.Done(): // the test has failed
+			return nil, net.ErrClosed
+		}
 	}
 
 	h.tap.Intercept(hang)
