@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
@@ -656,16 +657,20 @@ func secretTemplate() []*pkcs11.Attribute {
 		pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, false), pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, true)}
 }
 
+// TestPointAsDERAndBare has a point of which 0x04 and the first byte of x are the head of
+// an OCTET STRING as long as the rest.
 func TestPointAsDERAndBare(t *testing.T) {
-	h, _ := newHost(t)
-	signer, err := h.Identity(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	public := signer.Public().(*ecdsa.PublicKey)
-	bare, err := public.Bytes()
-	if err != nil {
-		t.Fatal(err)
+	var public *ecdsa.PublicKey
+	var bare []byte
+	for len(bare) == 0 || bare[1] != 63 {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		public = &key.PublicKey
+		if bare, err = public.Bytes(); err != nil {
+			t.Fatal(err)
+		}
 	}
 	der, err := asn1.Marshal(bare)
 	if err != nil {

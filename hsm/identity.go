@@ -100,10 +100,12 @@ func (i *identity) load(s *session) error {
 }
 
 // parsePoint takes an uncompressed point, in a DER OCTET STRING as PKCS#11 v2.40
-// section 2.3.3 has it or bare as some tokens do.
+// section 2.3.3 has it or bare as some tokens do. Its length tells them apart: of 256
+// bare points one can be read as an OCTET STRING too.
 func parsePoint(b []byte) (*ecdsa.PublicKey, error) {
+	const bare = 1 + 2*32
 	var inner []byte
-	if rest, err := asn1.Unmarshal(b, &inner); err == nil && len(rest) == 0 {
+	if rest, err := asn1.Unmarshal(b, &inner); len(b) != bare && err == nil && len(rest) == 0 {
 		b = inner
 	}
 	public, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), b)
