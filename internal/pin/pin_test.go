@@ -207,13 +207,14 @@ func TestLatchSendsAPINOnce(t *testing.T) {
 }
 
 func TestLatchIsOnDiskBeforeThePINIsSent(t *testing.T) {
+	const value = "no hex" // the file is full of that
 	dir := t.TempDir()
-	err := sendPIN(dir, "1234", func() bool {
+	err := sendPIN(dir, value, func() bool {
 		b, err := os.ReadFile(filepath.Join(dir, "test-pin.latch"))
-		if err != nil || bytes.Contains(b, []byte("1234")) {
+		if err != nil || bytes.Contains(b, []byte(value)) {
 			t.Errorf("latch while the PIN is sent: %q, %v", b, err)
 		}
-		err = sendPIN(dir, "1234", func() bool { t.Error("sent again by another process"); return false })
+		err = sendPIN(dir, value, func() bool { t.Error("sent again by another process"); return false })
 		if !errors.Is(err, pin.ErrRefused) {
 			t.Errorf("another process: %v", err)
 		}
