@@ -232,7 +232,7 @@ func TestKillInEpochs(t *testing.T) {
 	k := &killed{t: t, cfg: cfg}
 	old, oldVote, stale := "", 0, 0
 	for kill := range kills() {
-		out := &lines{ready: make(chan struct{})}
+		out := newLines(1 + rand.IntN(16)) // 8 are an epoch, however long it takes
 		cmd := childCommand(t, "epochs", cfg)
 		cmd.Stdout = out
 		p, err := testenv.StartProcess(cmd)
@@ -242,7 +242,7 @@ func TestKillInEpochs(t *testing.T) {
 		select {
 		case <-out.ready:
 			select {
-			case <-time.After(time.Duration(rand.IntN(150_000)) * time.Microsecond):
+			case <-time.After(time.Duration(rand.IntN(20_000)) * time.Microsecond):
 			case <-p.Done():
 			}
 		case <-p.Done():

@@ -271,19 +271,25 @@ func nthRoot(n int) *secret.Bytes {
 	return secret.Take(h[:])
 }
 
-// lines collects a child's output and tells when it is ready.
+// lines collects a child's output and tells when it is ready: after so many lines.
 type lines struct {
 	mu    sync.Mutex
 	buf   bytes.Buffer
-	ready chan struct{} // closed at the first line
+	after int
+	ready chan struct{}
 	once  sync.Once
 }
+
+func newLines(after int) *lines { return &lines{after: after, ready: make(chan struct{})} }
 
 func (l *lines) Write(b []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.once.Do(func() { close(l.ready) })
-	return l.buf.Write(b)
+	n, err := l.buf.Write(b)
+	if bytes.Count(l.buf.Bytes(), []byte("\n")) >= l.after {
+		l.once.Do(func() { close(l.ready) })
+	}
+	return n, err
 }
 
 // childCommand is this test binary in another role.
@@ -328,7 +334,6 @@ func child(mode string) int {
 		return 1
 	}
 	defer h.Close()
-	fmt.Println("ready")
 	if mode == "epochs" {
 		fmt.Fprintln(os.Stderr, epochs(ctx, h, cfg))
 		return 1
@@ -354,7 +359,7 @@ func TestKillInSetRoot(t *testing.T) {
 	n := 0                // the next root's number
 	possible := []int{-1} // numbers of the roots that may be it; -1: none
 	for kill := range kills() {
-		out := &lines{ready: make(chan struct{})}
+		out := newLines(1)
 		cmd := childCommand(t, "roots", cfg, fmt.Sprint("HSM_TEST_FROM=", n))
 		cmd.Stdout = out
 		p, err := testenv.StartProcess(cmd)
@@ -442,8 +447,9 @@ func wantOneWrapped(t *testing.T, cfg hsm.Config) {
 // TestKillInProvision kills a process that provisions, at random moments.
 func TestKillInProvision(t *testing.T) {
 	for kill := range 12 {
-		cfg := config(t, newToken(t), "web1")
-		out := &lines{ready: make(chan struct{})}
+		tok := newToken(t)
+		cfg := config(t, tok, "web1")
+		out := newLines(1)
 		cmd := childCommand(t, "provision", cfg)
 		cmd.Stdout = out
 		p, err := testenv.StartProcess(cmd)
@@ -454,6 +460,9 @@ func TestKillInProvision(t *testing.T) {
 		select {
 		case <-time.After(time.Duration(rand.IntN(120_000)) * time.Microsecond):
 		case <-p.Done():
+		}
+		if _, err := tok.Freeze(p.Pid()); err != nil {
+			t.Fatal(err)
 		}
 		p.Kill()
 		if err := hsm.ClearLatch(cfg.StateDir); err != nil { // it may have died in its login, which counts

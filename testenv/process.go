@@ -5,12 +5,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Process is a child that dies with this process, even if this process is
@@ -101,6 +104,35 @@ func (p *Process) Stop(ctx context.Context) error {
 		}
 	}
 	return p.Wait()
+}
+
+// Freeze stops a process (SIGSTOP) and waits until none of its threads runs: a signal
+// takes its time. It returns false if the process ended before.
+func Freeze(pid int) (stopped bool, err error) {
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil && !errors.Is(err, unix.ESRCH) {
+		return false, fmt.Errorf("stopping process %d: %w", pid, err)
+	}
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for ; ; <-tick.C {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		if err != nil || len(threads) == 0 {
+			return false, err
+		}
+		states := map[byte]int{}
+		for _, thread := range threads {
+			b, _ := os.ReadFile(thread) // nothing if that thread has ended: look again
+			if _, state, ok := bytes.Cut(b[bytes.LastIndexByte(b, ')')+1:], []byte(" ")); ok {
+				states[state[0]]++
+			}
+		}
+		switch len(threads) {
+		case states['T']:
+			return true, nil
+		case states['Z'] + states['X']: // and not reaped
+			return false, nil
+		}
+	}
 }
 
 func (p *Process) name() string { return filepath.Base(p.cmd.Path) }

@@ -11,7 +11,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Token is a fresh token with a user PIN.
@@ -151,6 +155,28 @@ func (t *Token) Copy() (*Token, error) {
 	c := *t
 	c.Serial, c.URI = serial, strings.Replace(t.URI, t.Serial, serial, 1)
 	return &c, err
+}
+
+// Freeze is [Freeze] of a process that uses tokens of this store, at a moment at which it
+// may be killed: at each login SoftHSM empties the token's own file and fills it after
+// that, and a kill in between is the end of the token, as of no HSM.
+func (t *Token) Freeze(pid int) (stopped bool, err error) {
+	for ; ; time.Sleep(time.Millisecond) { // it needs a moment to get on
+		if stopped, err = Freeze(pid); !stopped || err != nil {
+			return false, err
+		}
+		files, err := filepath.Glob(filepath.Join(t.Store, "*", "token.object"))
+		if err != nil {
+			return false, err
+		}
+		empty := func(file string) bool { info, err := os.Stat(file); return err != nil || info.Size() == 0 }
+		if !slices.ContainsFunc(files, empty) {
+			return true, nil
+		}
+		if err := unix.Kill(pid, unix.SIGCONT); err != nil {
+			return false, err
+		}
+	}
 }
 
 // Take takes the token away, as if it were not plugged in, until back is called.
