@@ -10,10 +10,12 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
+
+	"golang.org/x/sys/unix"
 
 	"conseal/hsm"
 	"conseal/hsm/helper"
+	"conseal/internal/pin"
 	"conseal/internal/secret"
 	"conseal/testenv"
 )
@@ -38,23 +40,68 @@ func TestAStopDuringTheLogin(t *testing.T) {
 	must(t, err)
 	latch := filepath.Join(cfg.HSM.StateDir, "hsm-pin.latch")
 	armed := func() bool { _, err := os.Stat(latch); return err == nil }
-	rule, err := m.Set(testenv.Fault{Call: "C_Login", Do: testenv.Slow, Value: 1000})
-	must(t, err)
-	ctx, stop := context.WithCancel(t.Context())
+	logsIn := hang(t, m, "C_Login")
+	ctx, stop := newAsked(t)
 	done := make(chan error, 1)
 	go func() { _, err := helper.Open(ctx, cfg); done <- err }()
-	until(t, "it logs in", armed)
+	logsIn()
+	if !armed() {
+		t.Error("the PIN is sent and not in the latch")
+	}
 	stop()
+	<-ctx.done // it knows
+	must(t, m.Clear())
 	if err := <-done; !errors.Is(err, context.Canceled) {
 		t.Errorf("opening: %v", err)
 	}
 	if left := children(t, os.Getpid()); armed() || len(left) != 0 {
 		t.Errorf("the PIN is sent and not judged: %t; helpers are left: %v", armed(), left)
 	}
-	if hits, err := m.Hits(rule); err != nil || hits != 1 {
-		t.Errorf("%d hits, %v", hits, err)
-	}
 	open(t, cfg)
+}
+
+// hang lets the next call of a function hang, and returns what waits for that.
+func hang(t *testing.T, m *testenv.FaultModule, call string) (hangs func()) {
+	t.Helper()
+	rule, err := m.Set(testenv.Fault{Call: call, Do: testenv.Hang, Times: 1})
+	must(t, err)
+	return func() {
+		t.Helper()
+		until(t, call+" hangs", func() bool {
+			hits, err := m.Hits(rule)
+			must(t, err)
+			return hits == 1
+		})
+	}
+}
+
+// TestACrashInsideTheLoginCountsAsARefusal kills a helper with its PIN sent and not judged.
+func TestACrashInsideTheLoginCountsAsARefusal(t *testing.T) {
+	cfg, m := newFaulty(t)
+	_, err := helper.Provision(t.Context(), cfg)
+	must(t, err)
+	h := open(t, cfg)
+	logsIn := hang(t, m, "C_Login")
+	must(t, unix.Kill(theHelper(t), unix.SIGKILL))
+	done := make(chan error, 1)
+	go func() { _, _, err := h.Seal(t.Context(), "k"); done <- err }()
+	logsIn()
+	must(t, unix.Kill(theHelper(t), unix.SIGKILL))
+	if err := <-done; hsm.ClassOf(err) != hsm.ClassCrash || !strings.Contains(err.Error(), "counts as refused") {
+		t.Errorf("the call: %v", err)
+	}
+	must(t, m.Clear())
+	until(t, "the next helper is tried", func() bool { // after a pause
+		if _, _, err = h.Seal(t.Context(), "k"); err == nil {
+			t.Fatal("the PIN was sent again")
+		}
+		return !strings.Contains(err.Error(), "not tried again before")
+	})
+	if !errors.Is(err, pin.ErrRefused) || hsm.ClassOf(err) != hsm.ClassAuth || !strings.Contains(err.Error(), "before that") {
+		t.Errorf("with the latch armed: %v", err)
+	}
+	must(t, hsm.ClearLatch(cfg.HSM.StateDir))
+	until(t, "it works again", func() bool { _, _, err := h.Seal(t.Context(), "k"); return err == nil })
 }
 
 // TestAModuleThatFails has the library itself crash, abort, hang or wait, at a call of each
@@ -63,7 +110,6 @@ func TestAModuleThatFails(t *testing.T) {
 	cfg, m := newFaulty(t)
 	_, err := helper.Provision(t.Context(), cfg)
 	must(t, err)
-	cfg.Timeout = 2 * time.Second
 	h := open(t, cfg)
 	root := secret.Random(32)
 	must(t, h.SetRoot(t.Context(), root))
@@ -98,7 +144,13 @@ func TestAModuleThatFails(t *testing.T) {
 			t.Run(name+"/"+string(action), func(t *testing.T) {
 				rule, err := m.Set(testenv.Fault{Call: o.call, Do: action, Value: 20, Times: 1})
 				must(t, err)
-				err = o.do()
+				done := make(chan error, 1)
+				go func() { done <- o.do() }()
+				if action == testenv.Hang { // no less: a short timeout would end others on a slow machine
+					until(t, "it hangs", func() bool { hits, err := m.Hits(rule); must(t, err); return hits == 1 })
+					h.Expire()
+				}
+				err = <-done
 				switch hang := hsm.ClassOf(err) == hsm.ClassHang; {
 				case action == testenv.Hang && !hang:
 					t.Errorf("it hung: %v", err)
