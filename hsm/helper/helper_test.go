@@ -62,6 +62,7 @@ func runWithTokens(m *testing.M) int {
 		return 1
 	}
 	defer os.RemoveAll(dir)
+	defer testenv.Clean()
 	tokenDir = dir
 	return m.Run()
 }
