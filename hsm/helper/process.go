@@ -346,7 +346,8 @@ func (p *process) ended(during string) error {
 
 func (p *process) pid() int { return p.cmd.Process.Pid }
 
-// stop lets the helper finish what it does, and kills it if it takes longer.
+// stop lets the helper finish what it does, kills it if it takes longer, and returns when
+// it is gone.
 func (p *process) stop(patience time.Duration) {
 	p.mu.Lock()
 	p.ending = true // nothing new
@@ -358,6 +359,7 @@ func (p *process) stop(patience time.Duration) {
 	case <-p.gone:
 	case <-timer.C:
 		p.end()
+		<-p.gone
 	}
 }
 
