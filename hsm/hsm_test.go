@@ -27,6 +27,7 @@ import (
 	"time"
 
 	"github.com/miekg/pkcs11"
+	"golang.org/x/sys/unix"
 
 	"conseal/agent/vault"
 	"conseal/hsm"
@@ -48,6 +49,7 @@ func TestMain(m *testing.M) {
 }
 
 func runWithTokens(m *testing.M) int {
+	unix.Umask(0o022) // folders that a group can change are not trusted
 	base := "/dev/shm"
 	if _, err := os.Stat(base); err != nil {
 		base = ""
