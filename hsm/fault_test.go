@@ -544,7 +544,11 @@ func TestTokenGone(t *testing.T) {
 			what := fmt.Sprintf("the token gone at call %d of %d", after+1, total)
 			r := s.set("*", testenv.Gone, pkcs11.CKR_DEVICE_REMOVED, 0, after)
 			if err := run(); err != nil { // the last calls may be of no importance
-				s.wantClass(what, "", hsm.ClassToken, err)
+				call := ""
+				if strings.Contains(err.Error(), "C_Login") {
+					call = "C_Login" // which is not the token's matter any more
+				}
+				s.wantClass(what, call, hsm.ClassToken, err)
 			}
 			for name, operation := range operations {
 				if name == "login" || s.h == nil && name != "provision" {

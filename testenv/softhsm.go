@@ -173,9 +173,7 @@ func (t *Token) Freeze(pid int) (stopped bool, err error) {
 		if !slices.ContainsFunc(files, empty) {
 			return true, nil
 		}
-		if err := unix.Kill(pid, unix.SIGCONT); err != nil {
-			return false, err
-		}
+		_ = unix.Kill(pid, unix.SIGCONT) // it may have ended
 	}
 }
 

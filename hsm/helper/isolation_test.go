@@ -456,9 +456,9 @@ func TestManyKills(t *testing.T) {
 			if n == kills/2 {
 				continue // it hangs
 			}
-			if stopped { // else it had ended
-				must(t, unix.Kill(pids[0], signal))
-				_ = unix.Kill(pids[0], unix.SIGCONT) // it may be gone already
+			if stopped { // it may have ended meanwhile
+				_ = unix.Kill(pids[0], signal)
+				_ = unix.Kill(pids[0], unix.SIGCONT)
 			}
 		}
 	}
