@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	mathrand "math/rand/v2"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -32,6 +31,7 @@ import (
 	"conseal/internal/secret"
 	"conseal/protocol"
 	"conseal/protocol/dealing"
+	"conseal/testenv"
 )
 
 // hardware is a protector in memory. What real hardware does is shown elsewhere;
@@ -151,7 +151,9 @@ func newLabOf(t testing.TB, scheme string, users ...string) *lab {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	l := &lab{t: t, ctx: t.Context(), hosts: map[string]*labHost{}}
 	text := "fleet = \"lab\"\nversion = 1\n"
-	network := fmt.Sprintf("127.%d.%d", 1+mathrand.IntN(254), mathrand.IntN(256))
+	network, free, err := testenv.Loopback()
+	ok(t, err)
+	t.Cleanup(func() { ok(t, free()) })
 	for i, name := range []string{"alpha", "beta", "gamma"} {
 		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 		ok(t, err)

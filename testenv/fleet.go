@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -35,6 +34,7 @@ type Fleet struct {
 	Limits string // a [limits] table of each host's configuration
 
 	network *Network // nil unless it was asked for
+	free    func() error
 }
 
 // Host is one host of a [Fleet].
@@ -115,10 +115,12 @@ func NewFleet(ctx context.Context, bin Binaries, protectors ...string) (*Fleet, 
 	if err != nil {
 		return nil, err
 	}
-	f := &Fleet{Dir: dir, Bin: bin, Level: "debug"}
+	network, free, err := Loopback()
+	if err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	f := &Fleet{Dir: dir, Bin: bin, Level: "debug", free: free}
 	greek := []string{"alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "omicron"}
-	// The whole of 127/8 is loopback: random addresses keep fleets apart.
-	network := fmt.Sprintf("127.%d.%d", 1+rand.IntN(254), rand.IntN(256))
 	for i, protector := range protectors {
 		h := &Host{Name: greek[i], Protector: protector, Dir: filepath.Join(dir, greek[i]), fleet: f, Address: fmt.Sprintf("%s.%d:7443", network, i+1)}
 		f.Hosts = append(f.Hosts, h)
@@ -484,5 +486,5 @@ func (f *Fleet) Close() error {
 	if f.network != nil {
 		err = errors.Join(err, f.network.Close())
 	}
-	return errors.Join(err, os.RemoveAll(f.Dir))
+	return errors.Join(err, f.free(), os.RemoveAll(f.Dir))
 }
