@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"maps"
+	"math/big"
 	mathrand "math/rand/v2"
 	"runtime"
 	"slices"
@@ -45,13 +46,44 @@ func flip(at int) func([]byte) []byte {
 // field changes the bytes that follow a key of the content.
 func field(name string, change func(value []byte) []byte) func([]byte) []byte {
 	return func(b []byte) []byte {
-		key := append([]byte{0x60 | byte(len(name))}, name...)
-		i := bytes.Index(b, key) + len(key)
-		if i < len(key) {
+		value, _ := seek(b[where(b):], append([]byte{0x60 | byte(len(name))}, name...))
+		if value == nil {
 			panic("the message has no field " + name)
 		}
+		i := len(b) - len(value)
 		return append(b[:i:i], change(b[i:])...)
 	}
+}
+
+// seek is what follows a key in the maps of the CBOR item at the front of b, and what
+// follows the item. A short key's bytes may be in random ones by chance.
+func seek(b, key []byte) (value, rest []byte) {
+	major, n, b := b[0]>>5, int(b[0]&0x1f), b[1:]
+	if n >= 24 {
+		size := 1 << (n - 24)
+		n = int(new(big.Int).SetBytes(b[:size]).Uint64())
+		b = b[size:]
+	}
+	switch major {
+	case 2, 3: // strings
+		return nil, b[n:]
+	case 4, 6: // an array, a tag
+		if major == 6 {
+			n = 1
+		}
+		for ; n > 0 && value == nil; n-- {
+			value, b = seek(b, key)
+		}
+	case 5: // a map
+		for ; n > 0 && value == nil; n-- {
+			if here, isKey := bytes.CutPrefix(b, key); isKey {
+				return here, nil
+			}
+			_, b = seek(b, nil)
+			value, b = seek(b, key)
+		}
+	}
+	return value, b
 }
 
 // null puts CBOR's null where a byte string of at least 24 bytes is.
@@ -241,7 +273,10 @@ func TestKeygenScreens(t *testing.T) {
 		{"a null modulus", kind{5, 'b'}, field("N", null)},
 		{"an even modulus", kind{5, 'b'}, field("N", func(b []byte) []byte { b[3+255] &^= 1; return b })},
 		{"a null share", kind{6, 'd'}, field("Share", null)},
-		{"a bignum with zeros in front", kind{6, 'b'}, field("W", func(b []byte) []byte { b[4] = 0; return b })},
+		{"a bignum with zeros in front", kind{6, 'b'}, field("W", func(b []byte) []byte {
+			b[3+b[1]&1] = 0 // its length has two bytes, or one if it begins with zeros
+			return b
+		})},
 		{"a negative bignum", kind{6, 'b'}, field("W", func(b []byte) []byte { b[0] = 0xc3; return b })},
 	}
 	// Of a forged number the module alone would allocate the four billion coefficients.
