@@ -1,6 +1,7 @@
 package cmp_test
 
 import (
+	"bytes"
 	stdecdsa "crypto/ecdsa"
 	"crypto/sha256"
 	"crypto/x509"
@@ -255,6 +256,19 @@ func TestShareAtRest(t *testing.T) {
 				})
 				if err == nil {
 					t.Error("a changed share is good")
+				}
+			}
+			for _, field := range []string{"\x61S", "\x61T"} { // of each holder, one after the other
+				err := stored.Use(func(whole []byte) error {
+					for at := range whole {
+						if bytes.HasPrefix(whole[at:], []byte(field)) && load(g, "a", func(b []byte) []byte { b[at+1] = 'X'; return b }) == nil {
+							t.Errorf("a share without %s at byte %d is good", field[1:], at)
+						}
+					}
+					return nil
+				})
+				if err != nil {
+					t.Fatal(err)
 				}
 			}
 			for _, n := range []int{0, 1, 100} {

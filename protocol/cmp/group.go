@@ -177,6 +177,8 @@ func groupOf(c *Curve, holders []protocol.HostID, cfg *module.Config) (*Group, e
 			return nil, fmt.Errorf("host %q has a Paillier modulus of %d bits, not %d", name, p.Paillier.N().BitLen(), 8*modulusSize)
 		case !bytes.Equal(n, p.Pedersen.N().Bytes()):
 			return nil, fmt.Errorf("host %q has Pedersen parameters of another modulus than its Paillier key", name)
+		case p.Pedersen.S() == nil || p.Pedersen.T() == nil: // the module takes a share that lacks its own
+			return nil, fmt.Errorf("host %q has no Pedersen parameters", name)
 		case moduli[string(n)]:
 			return nil, fmt.Errorf("host %q has the Paillier modulus of another", name)
 		}
