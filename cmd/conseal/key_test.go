@@ -33,6 +33,16 @@ func TestShowReceipts(t *testing.T) {
 	}
 }
 
+// TestSignedJSON: a recovery id of 0 is one, and only ECDSA has it.
+func TestSignedJSON(t *testing.T) {
+	for want, r := range map[bool]*apipb.SignResponse{true: {Fixed: make([]byte, 64)}, false: {Signature: make([]byte, 64)}} {
+		b, err := signedJSON("release", r)
+		if err != nil || strings.Contains(string(b), `"recovery_id":0`) != want {
+			t.Errorf("with a recovery id: %t, got %v: %s", want, err, b)
+		}
+	}
+}
+
 // TestStatusSaysWhatTheNextEpochWaitsFor, once.
 func TestStatusSaysWhatTheNextEpochWaitsFor(t *testing.T) {
 	for want, k := range map[string]*apipb.Key{

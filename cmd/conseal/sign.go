@@ -98,6 +98,10 @@ var encodings = map[string]func([]byte) []byte{
 }
 
 func signedJSON(key string, r *apipb.SignResponse) ([]byte, error) {
+	var recovery *uint32 // of ECDSA, where it is 0 as often as 1
+	if len(r.Fixed) > 0 {
+		recovery = &r.RecoveryId
+	}
 	b, err := json.Marshal(struct {
 		Key       string   `json:"key"`
 		Signature []byte   `json:"signature"`
@@ -105,8 +109,8 @@ func signedJSON(key string, r *apipb.SignResponse) ([]byte, error) {
 		Signers   []string `json:"signers"`
 		Session   string   `json:"session"`
 		Fixed     []byte   `json:"fixed,omitempty"`
-		Recovery  uint32   `json:"recovery_id,omitempty"`
-	}{key, r.Signature, r.PublicKey, r.Signers, r.Session, r.Fixed, r.RecoveryId})
+		Recovery  *uint32  `json:"recovery_id,omitempty"`
+	}{key, r.Signature, r.PublicKey, r.Signers, r.Session, r.Fixed, recovery})
 	return append(b, '\n'), err
 }
 

@@ -68,7 +68,10 @@ func watchStatus(ctx context.Context, w io.Writer, show func() ([]byte, error)) 
 	var last []byte
 	for {
 		b, err := show()
-		if err != nil {
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil:
 			return err
 		}
 		if !bytes.Equal(b, last) {
