@@ -28,6 +28,7 @@ func TestALostDisk(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		t.Cleanup(swtpm.Kill)
 		text := fmt.Sprintf("name = 'alpha'\nstate = %q\nprotector.kind = 'tpm'\nprotector.tpm.device = %q\n", h.state(), swtpm.Address())
 		if err := os.WriteFile(filepath.Join(h.dir, "conseal.toml"), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
