@@ -550,13 +550,33 @@ func (s *storyteller) up(ts *testscript.TestScript, neg bool, names []string) {
 			}
 		}
 		for _, h := range hosts {
-			if err := h.Start(ctx); err != nil {
+			err := h.Start(ctx)
+			if err == nil {
+				err = s.settled(ctx, h)
+			}
+			if err != nil {
 				return err
 			}
 			s.tell("   %s runs", h.Name)
 		}
 		return nil
 	})
+}
+
+// settled waits until an agent has looked at each of its keys: before, it cannot say what
+// is wrong with one.
+func (s *storyteller) settled(ctx context.Context, h *Host) error {
+	for tick := time.Tick(20 * time.Millisecond); ; {
+		status, err := h.Client().Status(ctx)
+		if err == nil && !slices.ContainsFunc(status.Keys, func(k *apipb.Key) bool { return k.Condition == "" && slices.Contains(k.Hosts, h.Name) }) {
+			return nil
+		}
+		select {
+		case <-tick:
+		case <-ctx.Done():
+			return fmt.Errorf("host %s does not say how its keys are: %v: %s", h.Name, err, h.LogTail())
+		}
+	}
 }
 
 func (s *storyteller) down(ts *testscript.TestScript, neg bool, names []string) {
