@@ -61,6 +61,7 @@ func Stories(ctx context.Context, bin Binaries, dir string, live io.Writer) (p t
 		Dir: dir,
 		Setup: func(e *testscript.Env) error {
 			e.Setenv("PATH", filepath.Dir(bin.Client)+string(os.PathListSeparator)+e.Getenv("PATH"))
+			e.Setenv("XDG_CACHE_HOME", filepath.Join(e.WorkDir, ".cache")) // testscript's HOME is none
 			e.Values[fleetKey{}] = &story{}
 			e.Defer(func() {
 				if f := e.Values[fleetKey{}].(*story).fleet; f != nil {
