@@ -79,8 +79,11 @@ func Stories(ctx context.Context, bin Binaries, dir string, live io.Writer) (p t
 	return p, func() int { return int(s.ended.Load()) }
 }
 
-// stepTimeout bounds one step of a story, so that a hang ends as an error.
-const stepTimeout = 2 * time.Minute
+// stepTimeout bounds one step of a story, so that a hang ends as an error; storyLimits give
+// machines time that are slow, or make several ECDSA keys at once.
+const stepTimeout = 6 * time.Minute
+
+const storyLimits = "[limits]\nsign_deadline = \"2m\"\nkeygen_deadline = \"5m\"\n"
 
 type fleetKey struct{}
 
@@ -128,7 +131,7 @@ func (s *storyteller) fleet(ts *testscript.TestScript, neg bool, kinds []string)
 		if st.fleet, err = NewFleet(ctx, s.bin, kinds...); err != nil {
 			return err
 		}
-		st.fleet.Team = st.team
+		st.fleet.Team, st.fleet.Limits = st.team, storyLimits
 		if err := st.fleet.Init(ctx); err != nil {
 			return err
 		}
