@@ -570,9 +570,37 @@ func (s *storyteller) up(ts *testscript.TestScript, neg bool, names []string) {
 // settled waits until an agent has looked at each of its keys: before, it cannot say what
 // is wrong with one.
 func (s *storyteller) settled(ctx context.Context, h *Host) error {
+	return s.awaitKeys(ctx, h, func(k *apipb.Key) bool { return k.Condition != "" || !slices.Contains(k.Hosts, h.Name) })
+}
+
+// noticed waits until the agents that run have heard that others do not: before, they can
+// count on them for a signature.
+func (s *storyteller) noticed(ctx context.Context, st *story) error {
+	var gone []string
+	for _, h := range st.fleet.Hosts {
+		if !h.Running() {
+			gone = append(gone, h.Name)
+		}
+	}
+	for _, h := range st.fleet.Hosts {
+		if !h.Running() {
+			continue
+		}
+		err := s.awaitKeys(ctx, h, func(k *apipb.Key) bool {
+			return !slices.ContainsFunc(k.Live, func(name string) bool { return slices.Contains(gone, name) })
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// awaitKeys waits until all keys of an agent are as they should be.
+func (s *storyteller) awaitKeys(ctx context.Context, h *Host, good func(*apipb.Key) bool) error {
 	for tick := time.Tick(20 * time.Millisecond); ; {
 		status, err := h.Client().Status(ctx)
-		if err == nil && !slices.ContainsFunc(status.Keys, func(k *apipb.Key) bool { return k.Condition == "" && slices.Contains(k.Hosts, h.Name) }) {
+		if err == nil && !slices.ContainsFunc(status.Keys, func(k *apipb.Key) bool { return !good(k) }) {
 			return nil
 		}
 		select {
@@ -590,16 +618,22 @@ func (s *storyteller) down(ts *testscript.TestScript, neg bool, names []string) 
 			err = errors.Join(err, h.Stop(ctx))
 			s.tell("   %s stopped", h.Name)
 		}
+		if err == nil {
+			err = s.noticed(ctx, st)
+		}
 		return err
 	})
 }
 
 func (s *storyteller) crash(ts *testscript.TestScript, neg bool, names []string) {
-	s.step(ts, neg, func(_ context.Context, st *story) error {
+	s.step(ts, neg, func(ctx context.Context, st *story) error {
 		hosts, err := s.hosts(st, names)
 		for _, h := range hosts {
 			h.Kill()
 			s.tell("   %s killed", h.Name)
+		}
+		if err == nil {
+			err = s.noticed(ctx, st)
 		}
 		return err
 	})
