@@ -12,9 +12,11 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"math/big"
+	mathrand "math/rand/v2"
 	"net"
 	"strings"
 	"sync"
@@ -29,8 +31,8 @@ import (
 	"conseal/protocol"
 )
 
-// patience is how long a test waits for what must come.
-const patience = 20 * time.Second
+// patience is how long a test waits for what must come: it only ends what hangs.
+const patience = 2 * time.Minute
 
 func newKey(t testing.TB) *ecdsa.PrivateKey {
 	t.Helper()
@@ -69,12 +71,13 @@ type fleet struct {
 	listeners map[protocol.HostID]net.Listener
 }
 
-// newFleet has hosts that listen on loopback.
+// newFleet has hosts that listen on loopback, each at an address of its own: so nobody
+// else gets the port of one that stops and listens there again.
 func newFleet(t testing.TB, names ...protocol.HostID) *fleet {
 	t.Helper()
 	f := &fleet{t, map[protocol.HostID]*ecdsa.PrivateKey{}, map[protocol.HostID]peer.Host{}, map[protocol.HostID]net.Listener{}}
 	for _, name := range names {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		l, err := net.Listen("tcp", fmt.Sprintf("127.%d.%d.%d:0", 1+mathrand.IntN(254), mathrand.IntN(256), 1+mathrand.IntN(254)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -91,10 +94,14 @@ func (f *fleet) add(name protocol.HostID, l net.Listener) {
 }
 
 func (f *fleet) config(name protocol.HostID) peer.Config {
-	return peer.Config{
+	c := peer.Config{
 		Self: name, Fleet: "test", Identity: f.keys[name], Hosts: f.hosts, Listener: f.listeners[name],
 		Hello: func() *peerpb.Hello { return &peerpb.Hello{RosterVersion: uint64(len(name))} },
 	}
+	if _, inMemory := c.Listener.(*pipeListener); !inMemory { // there the clock is the test's own
+		c.Silence, c.Handshake = patience, patience
+	}
+	return c
 }
 
 // node is a Net that runs, with what its handler was told.

@@ -339,7 +339,7 @@ func TestNewRefuses(t *testing.T) {
 		{"names of host and fleet", func(c *peer.Config) { c.Fleet = "" }},
 		{"address to listen on", func(c *peer.Config) { c.Listener = nil }},
 		{"limits must be positive", func(c *peer.Config) { c.MaxFrame = -1 }},
-		{"do not break a silence", func(c *peer.Config) { c.Ping = time.Minute }},
+		{"do not break a silence", func(c *peer.Config) { c.Ping = c.Silence }},
 	}
 	for _, test := range tests {
 		t.Run(test.want, func(t *testing.T) {
