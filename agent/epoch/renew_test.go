@@ -661,11 +661,11 @@ func (w *world) erase(s *state, i int) *state {
 	})
 }
 
-// having counts the holders that have a certificate where no crash takes it. The liar may
-// have it.
+// having counts the holders that have a certificate, or have gone beyond it to a higher
+// one, where no crash takes it. The liar may have it.
 func (w *world) having(s *state, c *certificate) (n int) {
 	for _, h := range c.deal.entry.holders {
-		if m := s.members[index(h)]; m == nil || m.active == c {
+		if m := s.members[index(h)]; m == nil || m.active != nil && m.active.deal.number.Compare(c.deal.number) >= 0 {
 			n++
 		}
 	}
