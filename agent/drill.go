@@ -139,12 +139,12 @@ func (a *Agent) signing(k *key, h protocol.HostID) (live, share bool, state stri
 
 // drillPeer takes another host's word, as it gave it on the connection that is up.
 func (a *Agent) drillPeer(k *key, n *known, h protocol.HostID) (live, share bool, state string) {
-	a.peersMu.Lock()
-	_, connected := a.peers[h]
-	a.peersMu.Unlock()
 	k.mu.Lock()
 	view := k.views[h]
 	k.mu.Unlock()
+	a.peersMu.Lock() // after its word: who hangs up is no peer any more before that is forgotten
+	_, connected := a.peers[h]
+	a.peersMu.Unlock()
 	switch {
 	case !connected:
 		return false, true, "not connected; it had its share"
