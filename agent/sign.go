@@ -25,7 +25,7 @@ import (
 const failedFor = 30 * time.Second
 
 // changeTime is how long a request waits, in all, for hosts to take up the epoch that
-// others have.
+// others have, or longer: for a tenth of its deadline.
 const changeTime = 3 * time.Second
 
 // request is one request for a signature, at the host that was asked.
@@ -76,7 +76,7 @@ func (a *Agent) attemptTime(k *key) time.Duration {
 func (a *Agent) sign(ctx context.Context, r *request) (*apipb.SignResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, a.config.Limits.SignDeadline)
 	defer cancel()
-	changing, stop := context.WithTimeout(ctx, changeTime)
+	changing, stop := context.WithTimeout(ctx, max(changeTime, a.config.Limits.SignDeadline/10))
 	defer stop()
 	var failures []error
 	excluded := map[protocol.HostID]bool{}
