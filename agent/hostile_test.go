@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -214,8 +215,22 @@ func born(t testing.TB, users ...string) *lab {
 	t.Helper()
 	l := newLab(t, users...)
 	l.start("gamma", "beta", "alpha")
-	l.untilActive("alpha", "beta", "gamma")
+	l.untilBorn()
 	return l
+}
+
+// untilBorn waits until every host has the key active, and knows that of the others, and
+// no share is left of attempts that came to nothing.
+func (l *lab) untilBorn() {
+	l.t.Helper()
+	l.untilActive(slices.Sorted(maps.Keys(l.hosts))...)
+	for name, h := range l.hosts {
+		k := l.key(name)
+		l.until(name+" has heard of all", func() bool {
+			record, _ := h.agent.vault.Load().Record(k.id)
+			return len(k.live(protocol.HostID(name))) == len(k.holders()) && len(record.Staged) == 1
+		})
+	}
 }
 
 func (l *lab) key(name string) *key { return l.hosts[name].agent.told.Load().keys["first"] }
@@ -230,7 +245,7 @@ func (l *lab) untilActive(names ...string) {
 // patience only ends what hangs.
 const patience = 10 * time.Minute
 
-// until waits for something that comes by itself.
+// until waits for something that comes by itself. In a goroutine, it ends with the test.
 func (l *lab) until(what string, there func() bool) {
 	l.t.Helper()
 	end := time.NewTimer(patience)
@@ -240,6 +255,8 @@ func (l *lab) until(what string, there func() bool) {
 	for !there() {
 		select {
 		case <-look.C:
+		case <-l.ctx.Done():
+			runtime.Goexit()
 		case <-end.C:
 			l.t.Fatalf("in vain: %s", what)
 		}
@@ -389,13 +406,13 @@ func (l *lab) betray(name string) *rogue {
 	return r
 }
 
-// connected waits until everybody is connected to everybody.
+// connected waits until every agent is connected to everybody.
 func (r *rogue) connected() {
 	r.t.Helper()
-	running := 0
+	var running []protocol.HostID
 	for name, h := range r.hosts {
 		if h.stop != nil {
-			running++
+			running = append(running, protocol.HostID(name))
 			r.until(name+" is connected", func() bool {
 				return !slices.ContainsFunc(h.agent.net.States(), func(s peer.State) bool { return !s.Connected })
 			})
@@ -404,7 +421,7 @@ func (r *rogue) connected() {
 	r.until("the rogue is connected", func() bool {
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		return len(r.up) == running
+		return !slices.ContainsFunc(running, func(h protocol.HostID) bool { return !r.up[h] })
 	})
 }
 
