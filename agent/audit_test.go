@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"conseal/agent/peer/peerpb"
 	"conseal/protocol"
@@ -176,9 +175,11 @@ func TestDriveNamesWhoIsSilent(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.deliver(box.id[:], stepEvent("b"))
-	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-	defer cancel()
-	err = drive(ctx, "a", &fakeSession{step: func(protocol.Message) (protocol.Ready, error) { return protocol.Ready{}, nil }}, box, silentSender, nil)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	err = drive(ctx, "a", &fakeSession{step: func(protocol.Message) (protocol.Ready, error) {
+		cancel(context.DeadlineExceeded) // b has been heard by now
+		return protocol.Ready{}, nil
+	}}, box, silentSender, nil)
 	if party(t, err) != "c" {
 		t.Errorf("got %v, want c to be silent", err)
 	}

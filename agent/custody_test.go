@@ -289,8 +289,7 @@ func TestSealedHostRefuses(t *testing.T) {
 	for _, open := range []config.Opening{"each", "1h"} {
 		t.Run(string(open), func(t *testing.T) {
 			l := labOpen(t, "ed25519", open)
-			l.start("gamma", "beta", "alpha")
-			l.untilActive("alpha", "beta", "gamma")
+			l.birth()
 			l.hosts["beta"].protector.refuseOwn(errors.New("PCR 4 is not as it was"))
 			alpha, k := l.hosts["alpha"].agent, l.key("alpha")
 			_, _, err := alpha.attempt(l.ctx, &request{k: k, act: k.active.Load(), message: []byte("m"), digest: sha256.Sum256([]byte("m"))},
@@ -334,8 +333,7 @@ func TestSealedHostRefuses(t *testing.T) {
 // has begun.
 func TestRefusalAfterTheEnd(t *testing.T) {
 	l := labOpen(t, "ed25519", "each")
-	l.start("gamma", "beta", "alpha")
-	l.untilActive("alpha", "beta", "gamma")
+	l.birth()
 	l.hosts["alpha"].protector.refuseOwn(errors.New("PCR 4 is not as it was"))
 	k := l.key("alpha")
 	act := k.active.Load()
@@ -352,8 +350,7 @@ func TestSlowHardwareStopsNoOtherKey(t *testing.T) {
 	other := l.roster.Keys[0]
 	other.Name, other.Quorum, other.Open = "other", 3, config.OpenHeld
 	l.roster.Keys = append(l.roster.Keys, other)
-	l.start("gamma", "beta", "alpha")
-	l.untilActive("alpha", "beta", "gamma")
+	l.birth()
 	for name, h := range l.hosts {
 		l.until("the other key is active on "+name, func() bool { return h.agent.told.Load().keys["other"].active.Load() != nil })
 	}
@@ -398,7 +395,7 @@ func noPresignaturesUnlessHeld(t *testing.T, l *lab) {
 	}
 	ok(t, lead()) // the control: it is held
 	restart := func(open config.Opening) {
-		ok(t, l.hosts["beta"].stop())
+		l.leaves("beta")
 		l.setOpen(open)
 		l.start("beta")
 		l.untilActive("beta")

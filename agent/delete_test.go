@@ -177,6 +177,7 @@ func TestDeletedNameElsewhere(t *testing.T) {
 	l.deliver("alpha")
 	l.start("delta")
 	l.untilSays("delta", "refused", `host "alpha"`, "never used again")
+	l.until("delta has kept the receipts", func() bool { return l.vaultOf("delta").HasReceipts("first") })
 	ok(t, l.hosts["alpha"].stop())
 	ok(t, l.hosts["delta"].stop())
 	l.start("delta", "epsilon") // nobody is there who could tell them again

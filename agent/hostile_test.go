@@ -214,9 +214,15 @@ func (l *lab) start(names ...string) {
 func born(t testing.TB, users ...string) *lab {
 	t.Helper()
 	l := newLab(t, users...)
+	l.birth()
+	return l
+}
+
+// birth runs the agents until key "first" exists on each.
+func (l *lab) birth() {
+	l.t.Helper()
 	l.start("gamma", "beta", "alpha")
 	l.untilBorn()
-	return l
 }
 
 // untilBorn waits until every host has the key active, and knows that of the others, and
@@ -229,6 +235,29 @@ func (l *lab) untilBorn() {
 		l.until(name+" has heard of all", func() bool {
 			record, _ := h.agent.vault.Load().Record(k.id)
 			return len(k.live(protocol.HostID(name))) == len(k.holders()) && len(record.Staged) == 1
+		})
+	}
+}
+
+// leaves stops the agent of a host and waits until the others have seen it: what they
+// know of the host from then on is news.
+func (l *lab) leaves(name string) {
+	l.t.Helper()
+	ok(l.t, l.hosts[name].stop())
+	for other, h := range l.hosts {
+		if h.stop == nil {
+			continue
+		}
+		l.until(other+" has seen that "+name+" left", func() bool {
+			for _, k := range h.agent.keys() {
+				k.mu.Lock()
+				_, there := k.views[protocol.HostID(name)]
+				k.mu.Unlock()
+				if there {
+					return false
+				}
+			}
+			return !slices.ContainsFunc(h.agent.net.States(), func(s peer.State) bool { return string(s.Host) == name && s.Connected })
 		})
 	}
 }
@@ -323,6 +352,7 @@ type rogue struct {
 
 	mu     sync.Mutex
 	up     map[protocol.HostID]bool
+	downs  map[protocol.HostID]int // how many streams with a host have ended
 	frames []heardFrame
 }
 
@@ -343,6 +373,7 @@ func (r *rogue) Down(h protocol.HostID, _ error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.up, h)
+	r.downs[h]++
 }
 
 func (r *rogue) Frame(from protocol.HostID, f *peerpb.Frame) {
@@ -374,14 +405,14 @@ func (l *lab) betray(name string) *rogue {
 	l.t.Helper()
 	h := l.hosts[name]
 	if h.stop != nil {
-		ok(l.t, h.stop())
+		l.leaves(name)
 	}
 	entry, _ := l.roster.Key("first")
 	d, err := declare(*entry, l.roster)
 	ok(l.t, err)
 	k, err := newKey(d)
 	ok(l.t, err)
-	r := &rogue{lab: l, self: protocol.HostID(name), key: k, sessions: newSessions(1), up: map[protocol.HostID]bool{}}
+	r := &rogue{lab: l, self: protocol.HostID(name), key: k, sessions: newSessions(1), up: map[protocol.HostID]bool{}, downs: map[protocol.HostID]int{}}
 	hosts := map[protocol.HostID]peer.Host{}
 	for _, m := range l.roster.Hosts {
 		hosts[protocol.HostID(m.Name)] = peer.Host{Address: m.Address, Pin: m.Identity}
@@ -568,7 +599,6 @@ func (l *lab) prefer(host string, not protocol.HostID) {
 // signature comes from the others, and the log names it.
 func TestLyingSigner(t *testing.T) {
 	l := born(t)
-	l.hosts["alpha"].config.Limits.SignDeadline = 4 * time.Second // a quarter of it is waited for who is silent
 	r := l.betray("beta")
 	share := r.share()
 	defer share.close()
@@ -710,11 +740,11 @@ func TestOneShareForOneCommitment(t *testing.T) {
 		}
 	}
 	// Each id again: replayed when its session is over, with the lists of before.
-	r.until("alpha has no session", func() bool {
+	r.until("alpha has none of the sessions", func() bool {
 		s := l.hosts["alpha"].agent.sessions
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		return len(s.running) == 1 // the decoy
+		return !slices.ContainsFunc(all, func(b *protocol.Binding) bool { return s.running[b.ID()] != nil })
 	})
 	for _, b := range all {
 		own := point(b) // of the first time
@@ -850,12 +880,14 @@ func TestFloods(t *testing.T) {
 func TestOversizedFrame(t *testing.T) {
 	l := born(t)
 	r := l.betray("alpha") // dials, and comes back
-	r.send("beta", &peerpb.Frame{Body: &peerpb.Frame_Open{Open: &peerpb.Open{Message: make([]byte, maxFrame+1)}}})
-	r.until("the stream ends", func() bool {
+	downs := func() int {
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		return !r.up["beta"]
-	})
+		return r.downs["beta"]
+	}
+	before := downs()
+	r.send("beta", &peerpb.Frame{Body: &peerpb.Frame_Open{Open: &peerpb.Open{Message: make([]byte, maxFrame+1)}}})
+	r.until("the stream ends", func() bool { return downs() > before })
 	l.untilLogged("beta", "alpha", "over the limit")
 	_, err := l.sign("beta", []byte("honest"))
 	ok(t, err)
@@ -1228,6 +1260,12 @@ func TestBirthWithLyingLeader(t *testing.T) {
 	// Each host is told of another generation as the one that all have.
 	r.says(has(one), "beta")
 	r.statement("beta")
+	l.until("gamma has heard how beta votes", func() bool { // before it may vote for the other itself
+		k := l.key("gamma")
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		return k.views["beta"].Voted != nil
+	})
 	r.says(both(has(two), r.vote(two.choice())), "gamma")
 	l.untilSays("gamma", "refused", "hosts have voted for different", "incarnation")
 	refused("after a vote", "voted for an earlier generation", vault.Number{Roster: 1, Attempt: 3}, one, two)
