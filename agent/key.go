@@ -230,10 +230,14 @@ func (k *key) describe(self protocol.HostID) *apipb.Key {
 		out.EpochRoster, out.EpochAttempt = act.certificate.Subject.Number.Roster, act.certificate.Subject.Number.Attempt
 		out.Certificate = act.id[:]
 	}
+	concerns := k.concerns(self)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.describeReceipts(out)
 	out.Condition, out.Detail, out.Next = k.condition.name, k.condition.detail, k.next
+	if out.Condition == "" && concerns {
+		out.Condition, out.Detail = "waiting", "this host has not looked at it yet"
+	}
 	if out.EpochRoster > 0 && !k.since.IsZero() {
 		out.Since = k.since.UTC().Format(time.RFC3339)
 	}

@@ -570,7 +570,7 @@ func (s *storyteller) up(ts *testscript.TestScript, neg bool, names []string) {
 // settled waits until an agent has looked at each of its keys: before, it cannot say what
 // is wrong with one.
 func (s *storyteller) settled(ctx context.Context, h *Host) error {
-	return s.awaitKeys(ctx, h, func(k *apipb.Key) bool { return k.Condition != "" || !slices.Contains(k.Hosts, h.Name) })
+	return s.awaitKeys(ctx, h, func(k *apipb.Key) bool { return !strings.HasSuffix(k.Detail, "has not looked at it yet") })
 }
 
 // noticed waits until the agents that run have heard that others do not: before, they can
