@@ -50,7 +50,9 @@ func StartProcess(cmd *exec.Cmd) (*Process, error) {
 		err := cmd.Start()
 		started <- err
 		if err == nil {
-			p.err = cmd.Wait()
+			if p.err = cmd.Wait(); errors.Is(p.err, exec.ErrWaitDelay) { // the child itself ended well
+				p.err = nil
+			}
 			close(p.done)
 		}
 	}()

@@ -145,7 +145,7 @@ func (t *TPM) manufacture(ctx context.Context) error {
 	}
 	// timeout(1) hands SIGTERM on to its whole group, and so to the swtpm that
 	// swtpm_setup starts: nothing stays behind, even if this process is killed.
-	cmd := exec.Command("timeout", "120", "swtpm_setup", "--tpm2", "--tpmstate", making, "--config", setup,
+	cmd := exec.Command("timeout", "600", "swtpm_setup", "--tpm2", "--tpmstate", making, "--config", setup,
 		"--create-ek-cert", "--create-platform-cert", "--lock-nvram", "--pcr-banks", "sha256",
 		"--vmid", filepath.Base(t.dir), "--overwrite")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}

@@ -207,3 +207,14 @@ func TestStopAndKill(t *testing.T) {
 		t.Error("started nothing")
 	}
 }
+
+// TestGrandchildThatStays holds the child's standard error open after the child's good end.
+func TestGrandchildThatStays(t *testing.T) {
+	p, err := testenv.StartProcess(exec.Command("sh", "-c", "sleep 3 >/dev/null & exit 0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Wait(); err != nil {
+		t.Error(err)
+	}
+}
