@@ -1,6 +1,7 @@
 package agent_test
 
 import (
+	"errors"
 	"os"
 	"strings"
 	"testing"
@@ -59,7 +60,11 @@ func TestAgentOutlivesItsModule(t *testing.T) {
 	must(t, err)
 	defer unix.Close(fd)
 	gamma.Kill()
-	if n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 60_000); n != 1 || err != nil {
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 60_000)
+	for errors.Is(err, unix.EINTR) { // by a signal of the Go runtime
+		n, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 60_000)
+	}
+	if n != 1 || err != nil {
 		t.Errorf("the module's process outlived the agent: %v", err)
 	}
 }
