@@ -41,11 +41,11 @@ demo: deps build ## three hosts make a key, sign a file, and openssl verifies it
 story: deps ## run one story and print each step as it happens: make story NAME=demo
 	@$(GO) run ./testenv/story $(NAME)
 
-# -count=1: results of tests that build and run the binaries must not be kept. ECDSA, whose
-# sessions are one goroutine each, is without the race detector, beside what waits for
-# devices; make soak has the detector on.
+# -count=1: results of tests that build and run the binaries must not be kept. The packages
+# that take longest come first. ECDSA, whose sessions are one goroutine each, is without the
+# race detector, beside what waits for devices; make soak has the detector on.
 test: deps check ## all tests
-	$(GO) test $(RACE) -count=1 -timeout 20m -skip '$(SWEEPS)' $$($(GO) list ./... | grep -v -e /agent$$ -e /hsm/helper$$ -e /protocol/cmp$$)
+	$(GO) test $(RACE) -count=1 -timeout 20m -skip '$(SWEEPS)' $$($(GO) list ./tpm ./hsm ./cmd/conseal ./... | grep -v -e /agent$$ -e /hsm/helper$$ -e /protocol/cmp$$)
 	$(GO) test -count=1 -timeout 20m -p 1 ./hsm/helper ./protocol/cmp & others=$$!; \
 	$(GO) test -count=1 -timeout 20m -run '$(SWEEPS)' ./hsm && $(GO) test -count=1 -timeout 20m -run '$(CRASHES)' ./agent; rest=$$?; wait $$others && exit $$rest
 	$(GO) test $(RACE) -count=1 -timeout 20m -skip '$(FLEETS)|$(CRASHES)' ./agent # by itself: its hosts presign at low priority
