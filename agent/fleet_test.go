@@ -167,6 +167,12 @@ func startAndDie(ctx context.Context, t *testing.T, f *testenv.Fleet, victim *te
 			t.Fatal(err)
 		}
 	}
+	died(ctx, t, victim, point, log)
+}
+
+// died waits until an agent has ended at a failpoint, and lets its host start as before.
+func died(ctx context.Context, t *testing.T, victim *testenv.Host, point, log string) {
+	t.Helper()
 	if p := victim.Process(); p != nil {
 		select {
 		case <-p.Done():
@@ -250,16 +256,7 @@ func TestCrashAtEachFailpointOfRefresh(t *testing.T) {
 		must(t, f.WaitReady(ctx, "first"))
 		asked := make(chan error, 1)
 		go func() { _, err := leader.Client().Refresh(ctx, "first"); asked <- err }()
-		select {
-		case <-victim.Process().Done():
-		case <-ctx.Done():
-			t.Fatalf("failpoint %s was not reached on %s", point, victim.Name)
-		}
-		if hit, err := os.ReadFile(log); err != nil || strings.TrimSpace(string(hit)) != point {
-			t.Fatalf("failpoint %s on %s: hit %q, %v", point, victim.Name, hit, err)
-		}
-		victim.Kill()
-		victim.Env = nil
+		died(ctx, t, victim, point, log)
 		must(t, victim.Start(ctx))
 		if err := <-asked; err != nil && leader != victim {
 			t.Errorf("after %s on %s: the refresh by %s: %v", point, victim.Name, leader.Name, err)
