@@ -260,6 +260,9 @@ func TestShareAtRest(t *testing.T) {
 			}
 			for _, field := range []string{"\x61S", "\x61T"} { // of each holder, one after the other
 				err := stored.Use(func(whole []byte) error {
+					if bytes.Count(whole, []byte(field)) < len(g.Holders) {
+						t.Errorf("a share has no %s of each holder", field[1:])
+					}
 					for at := range whole {
 						if bytes.HasPrefix(whole[at:], []byte(field)) && load(g, "a", func(b []byte) []byte { b[at+1] = 'X'; return b }) == nil {
 							t.Errorf("a share without %s at byte %d is good", field[1:], at)
