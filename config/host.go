@@ -110,7 +110,8 @@ type TPM struct {
 	// choose another handle. Default: 0x81000001.
 	SRKHandle uint32 `toml:"srk_handle"`
 	// Timeout is how long one command may take before the TPM is taken to be
-	// stuck, 1s to 10m. Default: "30s".
+	// stuck, and for how long one is tried again that a busy TPM did not start,
+	// 1s to 10m. Default: "30s".
 	Timeout time.Duration `toml:"timeout"`
 }
 
